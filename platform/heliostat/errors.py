@@ -1,0 +1,54 @@
+"""Every error Heliostat raises on purpose. Knows nothing of the code that raises them.
+
+HeliostatError            exit code 1: the work failed
+├── UserError             exit code 2: the input is wrong; the message names the file, line, key or flag to change
+│   ├── ConfigError       the YAML file or an override
+│   ├── DataError         a data file, a line of it, a column
+│   ├── ModelError        a model, tokenizer or bundle that cannot be loaded or must not be trusted
+│   ├── RegistryError     a registered model, version or alias that does not exist
+│   └── ResourceError     workers, GPUs, ports or disk that are not there
+├── GateRefused           exit code 3: a promotion gate said no
+└── TrainingError         exit code 1: a worker or the driver failed while training
+"""
+
+
+class HeliostatError(Exception):
+    """The base of all errors raised on purpose; its message is fit to be shown to the user."""
+
+    exit_code = 1
+
+
+class UserError(HeliostatError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The configuration is wrong."""
+
+
+class DataError(UserError):
+    """A data file is missing, unreadable or malformed."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or bundle cannot be loaded, or must not be trusted."""
+
+
+class RegistryError(UserError):
+    """A registered model, version or alias does not exist."""
+
+
+class ResourceError(UserError):
+    """The machine or cluster lacks what was asked for."""
+
+
+class GateRefused(HeliostatError):
+    """A promotion gate said no."""
+
+    exit_code = 3
+
+
+class TrainingError(HeliostatError):
+    """Training failed for a reason other than the user's input."""

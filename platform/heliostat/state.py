@@ -1,0 +1,34 @@
+"""The state folder: everything Heliostat writes on a machine unless told otherwise. Knows only its paths."""
+
+import os
+from pathlib import Path
+
+
+def folder() -> Path:
+    """`$HELIOSTAT_HOME`, or `.heliostat` in the current directory; absolute, not created here."""
+    return Path(os.environ.get("HELIOSTAT_HOME", ".heliostat")).absolute()
+
+
+def runs() -> Path:
+    """Where run folders go by default."""
+    return folder() / "runs"
+
+
+def token_cache() -> Path:
+    """Tokenised data, keyed by content and configuration."""
+    return folder() / "tokens"
+
+
+def converted_models() -> Path:
+    """Hugging Face folders made from GGUF files, keyed by content."""
+    return folder() / "models"
+
+
+def mlflow_database() -> Path:
+    """The embedded MLflow store."""
+    return folder() / "mlflow.db"
+
+
+def mlflow_artifacts() -> Path:
+    """Artifacts of the embedded MLflow store."""
+    return folder() / "artifacts"

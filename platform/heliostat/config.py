@@ -93,7 +93,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Give the path of a YAML config; examples are in jobs/examples/") from None
+        raise ConfigError(
+            f"{path}: no such file. Give the path of a YAML config; examples are in jobs/examples/"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -139,7 +141,9 @@ def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
         if child is None:
             child = values[section] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override `{override}`: `{section}` is a value, not a section; nothing can be set below it")
+            raise ConfigError(
+                f"override `{override}`: `{section}` is a value, not a section; nothing can be set below it"
+            )
         values = child
     values[leaf] = value
 
@@ -169,7 +173,9 @@ def _rename_synonyms(
             continue
         where = origins.get(key, key)
         if _get(values, target) is not None:
-            raise ConfigError(f"{where}: `{key}` means `{target}`, which is also given ({origins.get(target)}); keep one")
+            raise ConfigError(
+                f"{where}: `{key}` means `{target}`, which is also given ({origins.get(target)}); keep one"
+            )
         _set(values, target, _pop(values, key), key)
         origins[target] = where
         notice(f"{where}: `{key}` is read as `{target}`")

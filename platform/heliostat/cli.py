@@ -1,0 +1,338 @@
+"""The command line: one table of commands. Knows flags and output; imports what a command needs when it runs.
+
+stdout carries the result (with --json: one JSON object as its last line), stderr everything else.
+Exit codes: 0 done, 2 the input is wrong, 3 a gate refused, 1 anything else.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from heliostat import __version__
+from heliostat.errors import ConfigError, HeliostatError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from heliostat.experiment import ExperimentConfig
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb: what it does, its arguments, and the function that does it.
+
+    The function may call `emit` with its result before it ends (a server does, once it is up); else it returns it.
+    """
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Result | None]
+    show: Callable[[Result], str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if verb not in COMMANDS:
+        return _usage(arguments, verb)
+    arguments.remove(verb)
+    parser = _parser(verb)
+    options = parser.parse_intermixed_args(arguments)
+    return _run(COMMANDS[verb], options)
+
+
+def _usage(arguments: list[str], verb: str | None) -> int:
+    if "--version" in arguments:
+        print(f"heliostat {__version__}")
+        return 0
+    print("usage: heliostat COMMAND [CONFIG] [key.sub=value ...] [--json]\n\ncommands:")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<12} {command.help}")
+    print("\n`heliostat COMMAND --help` tells more.")
+    if verb is not None:
+        print(f"\nerror: there is no command `{verb}`", file=sys.stderr)
+    return 0 if verb is None else 2
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    command = COMMANDS[verb]
+    parser = argparse.ArgumentParser(prog=f"heliostat {verb}", description=command.help)
+    command.arguments(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object, the last line of stdout"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _run(command: Command, options: argparse.Namespace) -> int:
+    """Run it with everything that libraries print sent to stderr, and turn errors into messages and exit codes."""
+
+    def emit(result: Result) -> None:
+        text = json.dumps(result, default=str) if options.json else command.show(result)
+        print(text, file=stdout, flush=True)
+
+    stdout, options.emit = sys.stdout, emit
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            result = command.run(options)
+        if result is not None:
+            emit(result)
+        return 0
+    except BrokenPipeError:
+        # Whoever read our output is gone (`| head`); the interpreter must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = error.exit_code if isinstance(error, HeliostatError) else 1
+        message = str(error) if isinstance(error, HeliostatError) else f"{type(error).__name__}: {error}"
+        if options.debug:
+            traceback.print_exc()
+        elif not isinstance(error, HeliostatError):
+            message += " (--debug shows the traceback)"
+        print(f"error: {message}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"error": message, "exit_code": code}), file=stdout)
+        return code
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True)
+
+
+def _load(options: argparse.Namespace) -> "ExperimentConfig":
+    from heliostat import experiment
+
+    return experiment.load(options.config, options.overrides)
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
+    parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings that win over the file's")
+
+
+def _target_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="MODEL|CONFIG",
+        help="models:/NAME@ALIAS, a bundle folder, a hub name; or an experiment's YAML",
+    )
+    parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings such as serving.port=8001")
+
+
+def _is_config(target: str) -> bool:
+    return target.endswith((".yaml", ".yml"))
+
+
+def _train(options: argparse.Namespace) -> Result:
+    config = _load(options)
+    from heliostat.training import trainer
+
+    return asdict(trainer.train(config, _console()))
+
+
+def _show_train(result: Result) -> str:
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
+    return f"{result['model_uri']}\nbundle {result['bundle']}\nrun {result['run_id']}\n{metrics}"
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--model", help="what to score; default: the challenger registered under the config's name")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="also write prompts, references and predictions as JSON lines"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> Result:
+    config = _load(options)
+    from heliostat.registry import scoring
+
+    return scoring.score(config, options.model, _console(), options.predictions)
+
+
+def _show_evaluate(result: Result) -> str:
+    from heliostat.registry import scoring
+
+    return scoring.table(result)
+
+
+def _promote_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the registered model")
+    parser.add_argument("--version", help="default: the version with the alias `challenger`")
+    parser.add_argument(
+        "--metric", help="recorded score that must not be worse than the champion's, such as exact_match"
+    )
+    parser.add_argument("--lower-is-better", action="store_true", help="the metric is a loss")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="how much worse it may be")
+    parser.add_argument("--reason", default="", help="kept in the audit record")
+
+
+def _promote(options: argparse.Namespace) -> Result:
+    from heliostat.models import bundle
+    from heliostat.registry import promotion
+
+    def verify(folder: Any) -> None:
+        bundle.verify(folder)
+
+    return asdict(
+        promotion.promote(
+            options.name,
+            options.version,
+            verify=verify,
+            metric=options.metric,
+            greater_is_better=not options.lower_is_better,
+            tolerance=options.tolerance,
+            reason=options.reason,
+        )
+    )
+
+
+def _show_promote(result: Result) -> str:
+    before = f" (before: version {result['previous']})" if result["previous"] else ""
+    return f"models:/{result['name']}@champion is version {result['version']}{before}"
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from heliostat import experiment
+    from heliostat import config as configuration
+    from heliostat.serving.config import ServingConfig
+
+    if _is_config(options.target):
+        whole = experiment.load(options.target, options.overrides)
+        serving, reference = whole.serving, whole.serving.model or f"models:/{whole.registered_model_name}@champion"
+    else:
+        overrides = [override.removeprefix("serving.") for override in options.overrides]
+        serving, reference = configuration.load(ServingConfig, None, overrides), options.target
+    from heliostat import cluster
+    from heliostat.serving import launch
+
+    with cluster.connected():
+        endpoint = launch.start(serving, reference)
+        try:
+            options.emit({"url": endpoint.url, "model": endpoint.model_id, "reference": reference})
+            endpoint.wait()
+        finally:
+            endpoint.stop()
+
+
+def _show_serve(result: Result) -> str:
+    return f"{result['reference']} is served as `{result['model']}` at {result['url']}/v1  (Ctrl-C stops)"
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="models:/NAME@ALIAS, a bundle folder, a GGUF file or a hub name")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="decoding settings: max_new_tokens=32 temperature=0.7"
+    )
+    parser.add_argument("--prompt", action="append", help="may be given several times; default: the lines of stdin")
+
+
+def _generate(options: argparse.Namespace) -> Result:
+    from heliostat import config as configuration
+    from heliostat.evaluation.config import GenerationSettings
+
+    overrides = [override.removeprefix("generation.") for override in options.overrides]
+    settings = configuration.load(GenerationSettings, None, overrides)
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt is given; use --prompt, or write one prompt a line to stdin")
+    from heliostat.evaluation import completion
+    from heliostat.models import base
+    from heliostat.registry import versions
+
+    loaded = base.load_for_inference(versions.resolve(options.model).path)
+    given = settings.model_dump(include={override.split("=")[0] for override in overrides})
+    outputs = completion.complete(loaded, prompts, given)
+    return {"model": options.model, "outputs": outputs}
+
+
+def _show_generate(result: Result) -> str:
+    return "\n".join(result["outputs"])
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", metavar="key.sub=value", nargs="*", help="settings that win over the quickstart's own"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the endpoint up until Ctrl-C")
+
+
+def _quickstart(options: argparse.Namespace) -> Result | None:
+    from heliostat.quickstart import run
+
+    result = run.quickstart(options.overrides, _console(), keep=options.keep, emit=options.emit)
+    return None if options.keep else result
+
+
+def _show_quickstart(result: Result) -> str:
+    return f"exact match {result['exact_match']:.3f} in {result['seconds']:.0f} s"
+
+
+def _doctor(options: argparse.Namespace) -> Result:
+    from heliostat import doctor
+
+    return doctor.examine()
+
+
+def _show_doctor(result: Result) -> str:
+    marks = {"ok": "ok  ", "warning": "warn", "problem": "FAIL"}
+    return "\n".join(f"{marks[check['status']]} {check['name']:<12} {check['text']}" for check in result["checks"])
+
+
+def _schema(options: argparse.Namespace) -> Result:
+    from heliostat import experiment
+
+    return experiment.schema()
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """A command without arguments."""
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command(
+        "train, evaluate, promote and serve a small model on this machine",
+        _quickstart_arguments,
+        _quickstart,
+        _show_quickstart,
+    ),
+    "train": Command("train a model and register it", _config_arguments, _train, _show_train),
+    "evaluate": Command("score a model on the test split", _evaluate_arguments, _evaluate, _show_evaluate),
+    "promote": Command(
+        "make a version the champion, if it passes the gates", _promote_arguments, _promote, _show_promote
+    ),
+    "serve": Command("serve a model behind an OpenAI-compatible endpoint", _target_arguments, _serve, _show_serve),
+    "generate": Command(
+        "complete prompts from the command line or stdin", _generate_arguments, _generate, _show_generate
+    ),
+    "doctor": Command("tell what is and is not right on this machine", _nothing, _doctor, _show_doctor),
+    "schema": Command(
+        "print the JSON schema of the YAML file", _nothing, _schema, lambda schema: json.dumps(schema, indent=2)
+    ),
+}
+
+
+def entry() -> None:
+    """The `heliostat` command."""
+    code = main()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,95 @@
+"""Connect to Ray: a cluster by address, or a private one on this machine. Knows nothing of what runs there."""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ResourceError
+
+_PACKAGE = Path(__file__).parent
+# Set in the driver, passed on by Ray Train to its controller and workers.
+_TRAIN_ENVIRONMENT = {
+    # How often the controller looks at its workers, and so how long a checkpoint report takes (default 2 s).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+}
+
+
+def connect(address: str | None = None) -> None:
+    """Join the Ray cluster at `address` (default: RAY_ADDRESS), or start one here; nothing if already connected.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.update({key: value for key, value in _TRAIN_ENVIRONMENT.items() if key not in os.environ})
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address,
+            # Train's clean-up of dead runs asks the State API, which is part of the dashboard.
+            include_dashboard=None if address else True,
+            runtime_env=_runtime_env(private=address is None),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except ConnectionError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address} (RAY_ADDRESS); start it, or unset it to use this machine"
+        ) from error
+
+
+@contextlib.contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Connected inside; a cluster that was started for it is gone afterwards, whatever happens."""
+    import ray
+
+    mine = not ray.is_initialized()
+    try:
+        connect(address)
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def require(resources: dict[str, float], count: int, key: str) -> None:
+    """Refuse what the cluster can never give: `count` workers with `resources` each.
+
+    Raises:
+        ResourceError: naming the key to change, what is asked for and what is there.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    for name, amount in resources.items():
+        if amount * count > total.get(name, 0):
+            raise ResourceError(
+                f"{key}={count} needs {amount * count:g} {name}, but the cluster has {total.get(name, 0):g}; "
+                f"lower {key}, or join a larger cluster with RAY_ADDRESS"
+            )
+
+
+def _runtime_env(*, private: bool) -> dict[str, Any]:
+    """Workers elsewhere get the checkout with the job, unless Heliostat is an installed wheel there as here.
+
+    Workers of a private cluster share this Python environment, where an editable install is enough.
+    """
+    environment: dict[str, Any] = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+    if not _installed(editable_counts=private):
+        environment["py_modules"] = [str(_PACKAGE)]
+    return environment
+
+
+def _installed(*, editable_counts: bool) -> bool:
+    if any(part in ("site-packages", "dist-packages") for part in _PACKAGE.parts):
+        return True
+    return editable_counts and any(importlib.metadata.distributions(name="heliostat"))

@@ -1,0 +1,198 @@
+"""Load models and tokenizers: for training, and whole for inference. Knows nothing of data, Ray or DeepSpeed.
+
+Only safetensors and GGUF weights are read, and no code that comes with a model is ever run.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import is_flash_attn_2_available
+
+from heliostat import state
+from heliostat.errors import ModelError
+from heliostat.models import bundle, files
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class InferenceModel:
+    """A model ready to generate: eval mode, adapters merged, `model.generation_config` holding its decoding defaults."""
+
+    model: Any
+    tokenizer: Any
+    manifest: dict[str, Any] | None
+    path: str
+
+
+def resolve(reference: str) -> str:
+    """A folder or hub name that transformers can load: packages are looked up and GGUF files converted (once).
+
+    Raises:
+        ModelError: it does not exist, or is not to be trusted.
+    """
+    place = files.locate(reference)
+    if isinstance(place, str):
+        return place
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise ModelError(f"model `{reference}`: is a file, but neither a model folder nor a .gguf file")
+        return str(convert_gguf(place))
+    if not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
+        raise ModelError(f"model `{reference}`: the folder has no config.json, so it is not a model folder")
+    files.refuse_unsafe(place)
+    return str(place)
+
+
+def convert_gguf(path: Path) -> Path:
+    """A Hugging Face folder with the de-quantised weights of a GGUF file; made once and kept, keyed by content."""
+    target = state.converted_models() / f"{path.stem}-{files.sha256(path)[:12]}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _errors_named(str(path)), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers keeps the GGUF quantisation in the config, and then refuses to save the plain weights.
+        del model.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(model.config)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+        with contextlib.suppress(FileExistsError, OSError):
+            shutil.copytree(scratch, f"{target}.tmp{os.getpid()}")
+            os.rename(f"{target}.tmp{os.getpid()}", target)
+    return target
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The fast tokenizer of a resolved model.
+
+    Raises:
+        ModelError: there is none, or it needs code of its own.
+    """
+    with _errors_named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model `{source}`: has no fast tokenizer (tokenizer.json); convert it with transformers first"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(source: str, revision: str | None = None) -> Any:
+    """The architecture's config of a resolved model.
+
+    Raises:
+        ModelError: it does not exist or needs code of its own.
+    """
+    with _errors_named(source):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """The causal language model with its weights, in `dtype`.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no safetensors weights.
+    """
+    with _errors_named(source):
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention or default_attention(),
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+
+
+def new_model(config_folder: str, *, seed: int, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """Randomly initialised weights for the config.json in `config_folder`: equal seeds give equal weights."""
+    config = load_config(config_folder)
+    torch.manual_seed(seed)
+    with _errors_named(config_folder):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention or default_attention()).to(dtype)
+
+
+def default_attention() -> str:
+    """Flash attention where it is installed and can run, else PyTorch's scaled-dot-product attention."""
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def load_for_inference(reference: str, *, device: str = "cpu", dtype: str | None = None) -> InferenceModel:
+    """A bundle folder, model folder, GGUF file or hub name, ready to generate; bundles are verified first.
+
+    `dtype` (float32, bfloat16, ...) defaults to float32 on CPUs and to the stored one elsewhere.
+
+    Raises:
+        ModelError: it does not exist, is damaged, or must not be trusted.
+    """
+    source = resolve(reference)
+    folder = Path(source)
+    manifest = bundle.verify(folder) if (folder / bundle.MANIFEST).exists() else None
+    kind: Any = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
+    tokenizer = load_tokenizer(source)
+    if (folder / "adapter_config.json").exists():
+        model = load_merged_adapter(folder, dtype=kind, base_sha256=((manifest or {}).get("base") or {}).get("sha256"))
+    else:
+        model = load_model(source, dtype=kind, attention="sdpa")
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return InferenceModel(model.to(device).eval(), tokenizer, manifest, source)
+
+
+def load_untrained(config_folder: str, *, seed: int) -> InferenceModel:
+    """The randomly initialised model that a from-scratch training starts from, to compare with."""
+    model = new_model(config_folder, seed=seed, dtype=torch.float32, attention="sdpa")
+    return InferenceModel(model.eval(), load_tokenizer(config_folder), None, config_folder)
+
+
+def load_merged_adapter(folder: Path, *, dtype: Any, base_sha256: str | None = None) -> Any:
+    """The base model that the adapter in `folder` names, with the adapter merged into its weights.
+
+    Raises:
+        ModelError: the base cannot be loaded, or has other weights than those of `base_sha256`.
+    """
+    from peft import PeftModel
+
+    base = resolve(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    if base_sha256 and Path(base).is_dir() and files.weights_sha256(Path(base)) != base_sha256:
+        raise ModelError(f"{folder}: its base model {base} has other weights than those the adapter was trained on")
+    model = load_model(base, dtype=dtype, attention="sdpa")
+    with _errors_named(str(folder)):
+        return PeftModel.from_pretrained(model, str(folder), use_safetensors=True).merge_and_unload(safe_merge=True)
+
+
+@contextlib.contextmanager
+def _errors_named(source: str) -> Iterator[None]:
+    """Turn what transformers raises for a missing, offline or unreadable model into one clear error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model `{source}`: cannot be loaded: {reason} "
+            "(without internet, model.model_name_or_path must be a local folder, a GGUF file or an installed package)"
+        ) from error

@@ -1,0 +1,77 @@
+"""A model from scratch: train a byte-level BPE tokenizer on the data, write the config of a new model. Knows no weights.
+
+The worker initialises the weights from the folder written here (`heliostat.models.base.new_model`).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+
+from heliostat.errors import ConfigError
+
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int, *, chat: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Sennrich et al. 2016; GPT-2's byte alphabet) of at most `vocab_size` entries.
+
+    With `chat`, the ChatML turn markers are tokens of their own.
+    """
+    special = [END, PAD, *(CHAT_TOKENS if chat else ())]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=list(CHAT_TOKENS) if chat else [],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write(folder: Path, tokenizer: Any, model_type: str, keys: dict[str, Any], max_length: int) -> Path:
+    """Write config.json and the tokenizer of a new model to `folder`.
+
+    The context length is `max_length` tokens unless `keys` sets it.
+
+    Raises:
+        ConfigError: an unknown architecture or config key, or values that do not fit together.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.scratch.model_type: transformers has no architecture `{model_type}`; use gpt2, llama, ..."
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    _check_keys(config_class, model_type, keys)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = config_class(
+            **{"max_position_embeddings": max_length, **keys, **special, "vocab_size": len(tokenizer)}
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.scratch.config: {model_type} refuses it: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _check_keys(config_class: Any, model_type: str, keys: dict[str, Any]) -> None:
+    """transformers accepts any key silently, so a typo would train another model than the one meant."""
+    known = set(config_class().to_dict()) | set(config_class.attribute_map)
+    for key in keys:
+        if key not in known:
+            raise ConfigError(
+                f"model.scratch.config.{key}: {model_type} has no such key; it has {', '.join(sorted(known))}"
+            )

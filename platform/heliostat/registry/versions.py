@@ -1,0 +1,307 @@
+"""Model versions: a folder registered under a name, found again by alias or number. Knows nothing of its content.
+
+A version's source is a plain artifact folder of its run, without an MLmodel file: MLflow would write a metadata file of
+its own into such a folder whenever it is downloaded, and a bundle holds exactly the files of its manifest.
+"""
+
+import difflib
+import hashlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.time import get_current_time_millis
+from mlflow.utils.uri import append_to_uri_path, is_local_uri
+
+from heliostat import state
+from heliostat.config import fingerprint
+from heliostat.errors import RegistryError
+from heliostat.registry import store
+
+ARTIFACT_PATH = "model"
+DIGEST_TAG = "heliostat.bundle_sha256"
+EVALUATION_PREFIX = "eval."
+
+# MLflow refuses `/` and `:` in names and aliases other than [\w-]. A name is also a folder's name here, and `@` parts
+# it from the alias.
+_NAME = re.compile(r"[^\s./:@\\\x00-\x1f][^/:@\\\x00-\x1f]{0,199}")
+_ALIAS = re.compile(r"[\w-]{1,255}", re.ASCII)
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[1-9][0-9]{0,9}))")
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    run_id: str | None
+    tags: Mapping[str, str]
+
+    @property
+    def uri(self) -> str:
+        """models:/NAME/VERSION."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What a model reference stands for."""
+
+    path: str
+    """A folder on this machine; or the reference itself where it is none of the registry's."""
+    name: str | None = None
+    version: str | None = None
+
+
+def register(
+    run_id: str,
+    bundle: Path,
+    name: str,
+    tags: Mapping[str, str],
+    alias: str = "challenger",
+    description: str | None = None,
+) -> ModelVersion:
+    """Upload the bundle to the run and make it a new version of the model `name`, which is created if there is none.
+
+    The alias moves last, when everything is in place. Registering the same files for the same run again (after a crash,
+    say) gives the version that is already there.
+
+    Raises:
+        RegistryError: a malformed name or alias, no such folder, or the store failed.
+    """
+    check_name(name)
+    check_alias(alias)
+    if not bundle.is_dir():
+        raise RegistryError(f"{bundle}: no such folder, so it cannot be registered as `{name}`")
+    with store.failures(f"{bundle} cannot be registered as `{name}`"):
+        client = store.client()
+        digest = _digest(bundle)
+        version = _registered(client, run_id, name, digest)
+        if version is None:
+            source = _upload(client, run_id, bundle, digest)
+            version = _create(client, run_id, source, name, {**tags, DIGEST_TAG: digest}, description)
+        client.set_registered_model_alias(name, alias, version.version)
+    return version
+
+
+def resolve(reference: str) -> ResolvedModel:
+    """The folder of models:/NAME@ALIAS or models:/NAME/VERSION; any other reference comes back unchanged.
+
+    Files on this machine's disks are used where they lie; others are downloaded once, whole or not at all, to
+    `downloads/NAME/` in the state folder.
+
+    Raises:
+        RegistryError: the reference is malformed, its model, alias or version does not exist, or the store failed.
+    """
+    if not reference.startswith("models:"):
+        return ResolvedModel(reference)
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise RegistryError(f"`{reference}` is not a model reference; write models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = match["name"], match["alias"], match["version"]
+    version = get_version(name, number) if number else version_of_alias(name, alias)
+    with store.failures(f"{version.uri} cannot be fetched"):
+        path = _fetch(version, str(store.client().get_model_version_download_uri(name, version.version)))
+    return ResolvedModel(str(path), name, version.version)
+
+
+def get_version(name: str, version: str) -> ModelVersion:
+    """The version of the model.
+
+    Raises:
+        RegistryError: there is no such model or version (the existing ones are named), or the store failed.
+    """
+    aliases(name)  # a clear error for a model that does not exist
+    with store.failures(f"version {version} of `{name}` cannot be read"):
+        client = store.client()
+        try:
+            return _model_version(client.get_model_version(name, version))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+        known = sorted((int(found.version) for found in client.search_model_versions(f"name = '{name}'")), reverse=True)
+    raise RegistryError(f"`{name}` has no version {version}; versions: {_listing([str(number) for number in known])}")
+
+
+def version_of_alias(name: str, alias: str) -> ModelVersion:
+    """The version that the alias points to.
+
+    Raises:
+        RegistryError: there is no such model or alias (the existing ones are named), or the store failed.
+    """
+    check_alias(alias)
+    known = aliases(name)
+    if alias not in known:
+        raise RegistryError(f"`{name}` has no alias `{alias}`; aliases: {_listing(sorted(known))}")
+    return get_version(name, known[alias])
+
+
+def aliases(name: str) -> dict[str, str]:
+    """Alias -> version of the model.
+
+    Raises:
+        RegistryError: there is no such model (the nearest ones are named), or the store failed.
+    """
+    check_name(name)
+    with store.failures(f"the model `{name}` cannot be read"):
+        client = store.client()
+        try:
+            model = client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            known = [found.name for found in client.search_registered_models(max_results=1000)]
+        else:
+            return {alias: str(version) for alias, version in model.aliases.items()}
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"models: {_listing(sorted(known))}"
+    raise RegistryError(f"no model `{name}` in the registry at {store.shown(store.connect())}; {hint}")
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    """Point the alias to the version.
+
+    Raises:
+        RegistryError: a malformed alias, there is no such version, or the store failed.
+    """
+    check_alias(alias)
+    get_version(name, version)
+    with store.failures(f"the alias `{alias}` of `{name}` cannot be set"):
+        store.client().set_registered_model_alias(name, alias, version)
+
+
+def set_tags(name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Set tags of the version.
+
+    Raises:
+        RegistryError: there is no such version, or the store failed.
+    """
+    with store.failures(f"version {version} of `{name}` cannot be tagged"):
+        for key, value in tags.items():
+            store.client().set_model_version_tag(name, version, key, value)
+
+
+def log_evaluation(name: str, version: str, metrics: Mapping[str, float]) -> None:
+    """Record scores of the version: as its tags `eval.NAME`, which promotion compares, and as metrics of its run.
+
+    Raises:
+        RegistryError: a score is not finite, there is no such version, or the store failed.
+    """
+    for metric, value in metrics.items():
+        if not math.isfinite(value):
+            raise RegistryError(f"the score `{metric}` of `{name}` version {version} is {value}; it is not recorded")
+    run_id = get_version(name, version).run_id
+    scores = {f"{EVALUATION_PREFIX}{metric}": float(value) for metric, value in metrics.items()}
+    set_tags(name, version, {key: repr(value) for key, value in scores.items()})
+    if run_id is not None:
+        now = get_current_time_millis()
+        with store.failures(f"the scores of {name} version {version} cannot be logged to its run"):
+            batch = [Metric(key, value, now, 0) for key, value in scores.items()]
+            store.client().log_batch(run_id, metrics=batch, synchronous=True)
+
+
+def evaluation(version: ModelVersion) -> dict[str, float]:
+    """The scores that `log_evaluation` recorded."""
+    scores = {key: value for key, value in version.tags.items() if key.startswith(EVALUATION_PREFIX)}
+    return {key.removeprefix(EVALUATION_PREFIX): float(value) for key, value in scores.items()}
+
+
+def check_name(name: str) -> None:
+    """Raises:
+    RegistryError: the name could not be a registered model's, or not safely a folder's.
+    """
+    if not _NAME.fullmatch(name) or name != name.strip():
+        raise RegistryError(f"{name!r} is not a model name: no `/ : @ \\`, no dot at the start, at most 200 characters")
+
+
+def check_alias(alias: str) -> None:
+    """Raises:
+    RegistryError: MLflow would refuse the alias.
+    """
+    if not _ALIAS.fullmatch(alias) or alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias):
+        raise RegistryError(
+            f"{alias!r} is not an alias: letters, digits, `_` and `-`; not `latest`, not `v1`, `v2`, ..."
+        )
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:10]) or "none"
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+
+
+def _model_version(found: Any) -> ModelVersion:
+    return ModelVersion(found.name, str(found.version), found.run_id or None, dict(found.tags))
+
+
+def _registered(client: MlflowClient, run_id: str, name: str, digest: str) -> ModelVersion | None:
+    """The version that holds these files and came from this run."""
+    for found in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if found.tags.get(DIGEST_TAG) == digest:
+            return _model_version(found)
+    return None
+
+
+def _upload(client: MlflowClient, run_id: str, bundle: Path, digest: str) -> str:
+    """Log the bundle to the run, beside earlier ones and never into them. Returns the URI of the files."""
+    taken = bool(client.list_artifacts(run_id, ARTIFACT_PATH))
+    path = f"{ARTIFACT_PATH}-{digest[:8]}" if taken else ARTIFACT_PATH
+    client.log_artifacts(run_id, str(bundle), path)
+    return str(append_to_uri_path(client.get_run(run_id).info.artifact_uri, path))
+
+
+def _create(
+    client: MlflowClient, run_id: str, source: str, name: str, tags: Mapping[str, str], description: str | None
+) -> ModelVersion:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return _model_version(client.create_model_version(name, source, run_id, tags=dict(tags), description=description))
+
+
+def _digest(folder: Path) -> str:
+    """A hash of the names and contents of all files in the folder."""
+    whole = hashlib.sha256()
+    for path in sorted(found for found in folder.rglob("*") if found.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{content}  {path.relative_to(folder).as_posix()}\n".encode())
+    return whole.hexdigest()
+
+
+def _fetch(version: ModelVersion, source: str) -> Path:
+    if is_local_uri(source, is_tracking_or_registry_uri=False):
+        path = Path(local_file_uri_to_path(source))
+        if not path.is_dir():
+            raise RegistryError(f"{version.uri}: its files are at {path}, which does not exist on this machine")
+        return path
+    # The version's number alone is no key: another server, or a model made anew, has a version of that number too.
+    key = fingerprint([store.shown(store.connect()), source, version.run_id])[:8]
+    target = state.folder() / "downloads" / version.name / f"{version.version}-{key}"
+    return target if target.is_dir() else _download(source, target)
+
+
+def _download(source: str, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        downloaded = Path(download_artifacts(source, dst_path=temporary, tracking_uri=store.connect()))
+        if not downloaded.is_dir() or not any(downloaded.iterdir()):
+            raise RegistryError(f"{store.shown(source)}: holds no files; register the model again")
+        try:
+            os.replace(downloaded, target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker, with the same files
+                raise
+    return target

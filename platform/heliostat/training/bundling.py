@@ -1,0 +1,106 @@
+"""Exported weights -> the bundle: adds tokenizer, decoding defaults, and where the model comes from."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from heliostat import __version__
+from heliostat.data.tokens import TokenDataset
+from heliostat.experiment import ExperimentConfig
+from heliostat.models import adapters, bundle, files
+from heliostat.training.setup import Source
+
+# Documents looked at to find out which special token ends a turn.
+_SAMPLE = 1000
+
+
+def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Path, lineage: dict[str, Any]) -> Path:
+    """Make `<run folder>/bundle` from `<run folder>/weights`."""
+    weights = run_folder / "weights"
+    if config.adapter.merge and (weights / "adapter_config.json").exists():
+        weights = adapters.merge(weights, run_folder / "merged")
+    stops = stop_token_ids(TokenDataset.open(tokens), source.tokenizer)
+    decoding = {
+        "eos_token_id": stops,
+        "pad_token_id": source.tokenizer.pad_token_id,
+        "bos_token_id": source.tokenizer.bos_token_id,
+        **config.generation.model_dump(exclude_none=True),
+    }
+    manifest = {
+        "task": "causal_lm",
+        "format": config.data.format,
+        "prompt_template": config.data.prompt_template,
+        "stop_token_ids": stops,
+        "base": _base(config, source),
+        "lineage": lineage,
+    }
+    made = bundle.write(
+        run_folder / "bundle",
+        weights=weights,
+        tokenizer=source.tokenizer,
+        generation_config=GenerationConfig(**decoding),
+        manifest=manifest,
+    )
+    shutil.rmtree(run_folder / "merged", ignore_errors=True)
+    return made
+
+
+def stop_token_ids(tokens: TokenDataset, tokenizer: Any) -> list[int]:
+    """The end token, and the special token that most documents end with (the end of a chat turn, where that is another)."""
+    last = Counter(int(tokens.document(i)[0][-1]) for i in range(min(_SAMPLE, len(tokens))))
+    ends = [token for token, _ in last.most_common(1) if token in tokenizer.added_tokens_decoder]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+
+
+def lineage(config_hash: str, data_hash: str, run: str) -> dict[str, Any]:
+    """What the model was made by and from."""
+    packages = ("torch", "transformers", "deepspeed", "peft", "ray")
+    return {
+        "run": run,
+        "config_hash": config_hash,
+        "data_hash": data_hash,
+        "git_commit": git_commit(),
+        "heliostat": __version__,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the current directory's repository, marked when there are changes on top; None outside of one."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _base(config: ExperimentConfig, source: Source) -> dict[str, Any] | None:
+    if source.from_scratch:
+        return None
+    folder = Path(source.path)
+    return {
+        "reference": config.model.model_name_or_path,
+        "revision": config.model.revision,
+        "sha256": files.weights_sha256(folder) if folder.is_dir() else None,
+    }
+
+
+def final_metrics(journal: Path) -> dict[str, float]:
+    """The last value of every training metric, and the evaluation with the lowest loss."""
+    latest: dict[str, float] = {}
+    best: dict[str, float] = {}
+    for line in journal.read_text().splitlines():
+        metrics = json.loads(line)["metrics"]
+        if "eval_loss" in metrics:
+            best = min(best or metrics, metrics, key=lambda found: found["eval_loss"])
+        latest.update(metrics)
+    return {name: value for name, value in {**latest, **best}.items() if not name.startswith("progress.")}

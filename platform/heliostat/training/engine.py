@@ -1,0 +1,111 @@
+"""A model in a DeepSpeed engine: optimizer, schedule, ZeRO; and the weights out of it again. Knows no data and no steps."""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# DeepSpeed picks its accelerator at import, and would look for one that this process was not given.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.runtime.chunked_cross_entropy import install_chunked_causal_lm_loss
+from transformers import get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from heliostat.training import zero
+from heliostat.training.config import TrainingConfig
+
+deepspeed.utils.logger.setLevel(logging.ERROR)
+# The shared-memory all-reduce for CPUs is compiled at first use (about 50 s, needs a compiler); gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def compute_dtype(training: TrainingConfig) -> torch.dtype:
+    """The dtype of weights in forward and backward; DeepSpeed keeps fp32 master weights beside 16-bit ones."""
+    if training.bf16:
+        return torch.bfloat16
+    return torch.float16 if training.fp16 else torch.float32
+
+
+@contextlib.contextmanager
+def sharded_loading(training: TrainingConfig) -> Iterator[None]:
+    """Under ZeRO-3, models made inside are split over the workers as they load; otherwise nothing changes."""
+    if zero.stage(training) < 3:
+        yield
+        return
+    # transformers looks for this object while from_pretrained runs; it must be alive then.
+    marker = HfDeepSpeedConfig(zero.deepspeed_config(training, num_parameters=1))
+    yield
+    del marker
+
+
+def build(model: Any, training: TrainingConfig, *, total_steps: int) -> Any:
+    """The DeepSpeed engine around `model`, in an already initialised process group."""
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    install_chunked_causal_lm_loss(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(model, training)
+    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    built, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=trained,
+        optimizer=optimizer,
+        lr_scheduler=_scheduler(optimizer, training, total_steps),
+        config=zero.deepspeed_config(training, num_parameters=num_parameters),
+        dist_init_required=False,
+    )
+    built.train()
+    return built
+
+
+def _optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW; biases and norms (vectors) are not decayed, as usual since GPT-2."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        fused=torch.cuda.is_available(),
+    )
+
+
+def _dimensions(parameter: Any) -> int:
+    """Dimensions of the whole parameter; under ZeRO-3 the local tensor is an empty placeholder."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, total_steps: int) -> Any:
+    warmup = training.warmup_steps if training.warmup_steps is not None else round(training.warmup_ratio * total_steps)
+    return get_scheduler(training.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+
+
+def last_learning_rate(engine: Any) -> float:
+    """The rate that the next step will use."""
+    return float(engine.get_lr()[0])
+
+
+def export(engine: Any, folder: Path, *, trained_only: bool, rank: int) -> None:
+    """Write the weights (or only the adapter) as safetensors to `folder`, replacing it at once. All workers must call it."""
+    if engine.zero_optimization_stage() == 3:
+        weights = engine._consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
+    else:
+        weights = engine.module_state_dict(exclude_frozen_parameters=trained_only)
+    if rank == 0:
+        temporary = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        engine.module.save_pretrained(temporary, state_dict=weights)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)

@@ -1,0 +1,42 @@
+"""A training worker under Ray Train (V2): the bridge from its context to `heliostat.training.worker`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from heliostat.errors import HeliostatError
+from heliostat.training.worker import Worker, WorkerSpec
+
+
+class RaySession:
+    """This worker's place in the Ray Train worker group."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+
+    def report(self, folder: Path, metrics: dict[str, float]) -> None:
+        """Hand Ray a checkpoint that already lies in its storage: nothing is copied, old ones are deleted by Ray."""
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=folder.name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+def train(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's `train_loop_per_worker`. Returns {"error": ...} for errors of the user, which a restart would not mend."""
+    spec: WorkerSpec = loop_config["spec"]
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
+    try:
+        return {"progress": vars(Worker(spec, RaySession()).run())}
+    except HeliostatError as error:
+        return {"error": error}

@@ -1,0 +1,146 @@
+"""What must be settled before workers start: model source, tokenizer, tokens, number of steps. Runs in the driver, without Ray."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.data import formats
+from heliostat.data.config import DataConfig
+from heliostat.data.packing import PackedDataset
+from heliostat.data.records import Row
+from heliostat.data.tokens import TokenDataset
+from heliostat.errors import ConfigError
+from heliostat.experiment import ExperimentConfig
+from heliostat.models import base, scratch
+from heliostat.training import order, zero
+from heliostat.training.runs import Run
+from heliostat.training.worker import WorkerSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights, or the config of new ones, come from; and the tokenizer."""
+
+    path: str
+    from_scratch: bool
+    tokenizer: Any
+
+
+def check(config: ExperimentConfig) -> None:
+    """Refuse what cannot work before anything is written.
+
+    Raises:
+        ConfigError: naming the keys that contradict each other.
+    """
+    training = config.training
+    if config.data.train is None:
+        raise ConfigError("data.train is missing: name the files to train on")
+    if training.fp16 and not training.use_gpu:
+        raise ConfigError("training.fp16 needs training.use_gpu=true; CPUs train in fp32 or bf16")
+    if config.model.scratch and config.adapter.method != "full":
+        raise ConfigError(
+            f"adapter.method={config.adapter.method} adapts an existing model, but model.scratch makes a new one; drop one"
+        )
+    zero.deepspeed_config(training, num_parameters=1)
+
+
+def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Source:
+    """Look up the model; or train a tokenizer on the training `rows` and write a new model's config to `folder`.
+
+    Raises:
+        ModelError: the model cannot be found, loaded or trusted.
+        ConfigError: the new model's config, or data.max_length, does not fit.
+    """
+    path = (
+        _new_source(config, rows, folder)
+        if config.model.scratch
+        else base.resolve(config.model.model_name_or_path or "")
+    )
+    tokenizer = base.load_tokenizer(path, config.model.revision)
+    new_chat = config.model.scratch is not None and config.data.format == "chat"
+    _set_chat_template(tokenizer, config.model.chat_template or ("chatml" if new_chat else None))
+    positions = getattr(base.load_config(path, config.model.revision), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the model's {positions} positions; lower it"
+        )
+    return Source(path, config.model.scratch is not None, tokenizer)
+
+
+def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
+    new, data = config.model.scratch, config.data
+    assert new is not None
+    if not folder.exists():
+        chat = data.format == "chat"
+        tokenizer = scratch.train_tokenizer(_texts(rows, data), new.vocab_size, data.max_length, chat=chat)
+        scratch.write(folder, tokenizer, new.model_type, new.config, data.max_length)
+    return str(folder)
+
+
+def _texts(rows: list[Row], data: DataConfig) -> Iterator[str]:
+    """What a new tokenizer learns from: the rows' texts, without the marks of a chat template."""
+    for row in rows:
+        if data.format == "chat":
+            yield from (message["content"] for message in formats.parse_messages(row, data))
+        else:
+            yield from (segment.text for segment in formats.to_segments(row, data, None))
+
+
+def _set_chat_template(tokenizer: Any, template: str | None) -> None:
+    if template == "chatml":
+        tokenizer.chat_template = formats.CHATML
+    elif template is not None:
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"model.chat_template: `{template}` is neither `chatml` nor a readable file: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run."""
+
+    train_rows: int
+    fill: float
+    """Part of the computed positions that are real tokens."""
+    steps_per_epoch: float
+    spec: WorkerSpec
+
+    def __str__(self) -> str:
+        total = self.spec.total_steps
+        return (
+            f"{self.train_rows:,} sequences of up to {self.spec.max_length} tokens ({self.fill:.1%} full), "
+            f"{total:,} steps ({total / self.steps_per_epoch:.1f} epochs) of {self.spec.training.global_batch_size} sequences"
+        )
+
+
+def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, Path]) -> Plan:
+    """Count the steps and put together what the workers must know."""
+    data, training = config.data, config.training
+    rows = PackedDataset(TokenDataset.open(tokens["train"]), data.max_length, packing=data.packing)
+    per_epoch = len(rows) / training.global_batch_size
+    total = order.total_steps(len(rows), training.global_batch_size, training.num_train_epochs, training.max_steps)
+    eval_steps = training.eval_steps or max(1, round(per_epoch))
+    spec = WorkerSpec(
+        run_folder=str(run.folder),
+        attempt=run.attempt,
+        model=source.path,
+        revision=config.model.revision,
+        from_scratch=source.from_scratch,
+        attention=config.model.attn_implementation,
+        adapter=config.adapter,
+        training=training,
+        train_tokens=str(tokens["train"]),
+        validation_tokens=str(tokens["validation"]) if "validation" in tokens else None,
+        max_length=data.max_length,
+        packing=data.packing,
+        pad_token_id=source.tokenizer.pad_token_id,
+        total_steps=total,
+        eval_steps=eval_steps,
+        save_steps=training.save_steps or eval_steps,
+        seed=config.seed,
+    )
+    return Plan(len(rows), rows.fill, per_epoch, spec)

@@ -208,8 +208,8 @@ def _show_promote(result: Result) -> str:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from heliostat import experiment
     from heliostat import config as configuration
+    from heliostat import experiment
     from heliostat.serving.config import ServingConfig
 
     if _is_config(options.target):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,9 +29,9 @@ def examine() -> dict[str, Any]:
 
 
 def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return "problem", f"{version} is too old; make a virtual environment with Python 3.11 or newer"
+    version = platform.python_version()
+    if version.split(".")[:2] != ["3", "11"]:
+        return "warning", f"{version} at {sys.prefix}; Heliostat is tested with Python 3.11"
     return "ok", f"{version} at {sys.prefix}"
 
 

@@ -13,10 +13,10 @@ from heliostat.models.base import InferenceModel
 def complete(
     loaded: InferenceModel, prompts: Sequence[str], settings: dict[str, Any], *, batch_size: int = 8
 ) -> list[str]:
-    """The continuation of each prompt, by the model's decoding defaults with `settings` (GenerationConfig names) on top.
+    """The continuation of each prompt, by the model's decoding defaults with `settings` (transformers' names) on top.
 
-    A prompt becomes a user's message where the model was trained on chats, fills the bundle's prompt template where that
-    has one gap, and is taken as it is otherwise.
+    A prompt becomes a user's message where the model was trained on chats, fills the bundle's prompt template where
+    that has one gap, and is taken as it is otherwise.
     """
     from transformers import GenerationConfig
 

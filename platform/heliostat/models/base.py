@@ -31,7 +31,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model ready to generate: eval mode, adapters merged, `model.generation_config` holding its decoding defaults."""
+    """A model ready to generate: eval mode, adapters merged, decoding defaults in `model.generation_config`."""
 
     model: Any
     tokenizer: Any

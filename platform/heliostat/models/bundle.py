@@ -1,7 +1,7 @@
 """The model bundle: the folder that training writes and serving reads. Knows nothing of tensors.
 
-A Hugging Face folder (safetensors weights or a LoRA adapter, tokenizer, chat template, generation_config.json) with one more file,
-`heliostat.json`: what the model is, where it comes from, and the sha256 of every other file.
+A Hugging Face folder (safetensors weights or a LoRA adapter, tokenizer, chat template, generation_config.json) with one
+more file, `heliostat.json`: what the model is, where it comes from, and the sha256 of every other file.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Where a model's files are, and whether they may be trusted. Knows nothing of tensors.
 
-A model reference is a local folder, a GGUF file, `package:NAME/FILE` (a file shipped by an installed Python package) or a hub
-name. Registry URIs (models:/...) are turned into folders by `heliostat.registry` before they come here.
+A model reference is a local folder, a GGUF file, `package:NAME/FILE` (a file shipped by an installed Python package) or
+a hub name. Registry URIs (models:/...) are turned into folders by `heliostat.registry` before they come here.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ def _package_file(reference: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"model `{reference}`: the Python package `{package}` is not installed; `make models` installs the one that "
-            "the examples use, or set model.model_name_or_path to a folder or hub name"
+            f"model `{reference}`: the Python package `{package}` is not installed; `make models` installs the one "
+            "that the examples use, or set model.model_name_or_path to a folder or hub name"
         )
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.exists():

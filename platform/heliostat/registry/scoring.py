@@ -1,4 +1,4 @@
-"""`heliostat evaluate`: score a model by reference, beside a baseline, and record the scores on its registered version."""
+"""`heliostat evaluate`: score a model beside a baseline, and record the scores on its registered version."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def score(
 ) -> dict[str, Any]:
     """Score `reference` (default: the config's challenger) on the config's test split.
 
-    Returns {"model", "n", every metric by name, "groups", "baseline": the same of the baseline or None}. `predictions` names a
-    file that gets one JSON line for each row.
+    Returns {"model", "n", every metric by name, "groups", "baseline": the same of the baseline or None}. `predictions`
+    names a file that gets one JSON line for each row.
 
     Raises:
         UserError: the model, the data or the configuration is wrong.

@@ -128,7 +128,7 @@ def _client(uri: str, registry_uri: str) -> Any:
 
 
 def _create_database(database: Path) -> None:
-    """Make the tables in a file of another name: a process killed half-way would leave a database that never opens again."""
+    """Make the tables in a file of another name: a process killed half-way would leave one that never opens again."""
     with tempfile.TemporaryDirectory(dir=database.parent) as folder:
         MlflowClient(tracking_uri=f"{_SQLITE}{folder}/new.db")
         os.rename(f"{folder}/new.db", database)

@@ -52,7 +52,7 @@ def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Pa
 
 
 def stop_token_ids(tokens: TokenDataset, tokenizer: Any) -> list[int]:
-    """The end token, and the special token that most documents end with (the end of a chat turn, where that is another)."""
+    """The end token, and the special token that most documents end with where that is another (the end of a turn)."""
     last = Counter(int(tokens.document(i)[0][-1]) for i in range(min(_SAMPLE, len(tokens))))
     ends = [token for token, _ in last.most_common(1) if token in tokenizer.added_tokens_decoder]
     return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))

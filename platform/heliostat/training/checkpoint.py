@@ -6,8 +6,9 @@
         state.json            step, best validation loss, ...
         manifest_<rank>.json  size and sha256 of every file that the worker wrote; written last
 
-A checkpoint counts only when the manifests of all workers are there and every file is as they say. The newest such one is where a
-restarted worker or driver goes on, so a kill at any moment, or a damaged file, costs at most the steps since the one before.
+A checkpoint counts only when the manifests of all workers are there and every file is as they say. The newest such one
+is where a restarted worker or driver goes on, so a kill at any moment, or a damaged file, costs at most the steps since
+the one before.
 """
 
 import json

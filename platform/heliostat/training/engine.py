@@ -1,4 +1,4 @@
-"""A model in a DeepSpeed engine: optimizer, schedule, ZeRO; and the weights out of it again. Knows no data and no steps."""
+"""A model in a DeepSpeed engine: optimizer, schedule, ZeRO; and its weights out of it again. Knows no data, no steps."""
 
 import contextlib
 import logging
@@ -98,7 +98,7 @@ def last_learning_rate(engine: Any) -> float:
 
 
 def export(engine: Any, folder: Path, *, trained_only: bool, rank: int) -> None:
-    """Write the weights (or only the adapter) as safetensors to `folder`, replacing it at once. All workers must call it."""
+    """Write the weights (or only the adapter) as safetensors to `folder`, replacing it. All workers must call it."""
     if engine.zero_optimization_stage() == 3:
         weights = engine._consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
     else:

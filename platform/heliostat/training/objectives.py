@@ -9,8 +9,8 @@ from torch import Tensor
 def causal_lm_loss(model: Any, batch: dict[str, Tensor], num_items: int) -> Tensor:
     """Next-token cross-entropy, summed over the learned tokens of `batch` and divided by `num_items`.
 
-    With `num_items` = learned tokens of the whole global batch, the sum over micro-batches and workers is the token mean,
-    however the batch is cut. A mean of micro-batch means would weigh tokens of short completions more.
+    With `num_items` = learned tokens of the whole global batch, the sum over micro-batches and workers is the token
+    mean, however the batch is cut. A mean of micro-batch means would weigh tokens of short completions more.
 
     `use_cache=False` and no 2-D mask: only then does transformers keep packed documents from seeing each other.
     """

@@ -1,7 +1,8 @@
 """The order of the data: a pure function of (seed, global step), independent of the number of workers.
 
-The rows of all epochs form one endless stream (each epoch a new permutation); step s learns from the s-th global batch of
-it. So 1 worker x 8 accumulation steps, 2 x 4 and 8 x 1 see the same batches, and a resumed run goes on with the very next.
+The rows of all epochs form one endless stream (each epoch a new permutation); step s learns from the s-th global batch
+of it. So 1 worker x 8 accumulation steps, 2 x 4 and 8 x 1 see the same batches, and a resumed run goes on with the very
+next.
 """
 
 import math
@@ -31,7 +32,7 @@ def micro_batches(batch: NDArray[np.int64], rank: int, world_size: int, size: in
 
 
 def evaluation_batches(num_rows: int, rank: int, world_size: int, size: int) -> list[NDArray[np.int64]]:
-    """The same for an evaluation over all rows. Every worker gets equally many batches (ZeRO-3 needs that); -1 is no row."""
+    """The same for all rows once. Every worker gets equally many batches, as ZeRO-3 needs; -1 stands for no row."""
     batches = math.ceil(num_rows / (world_size * size))
     padded = np.full(batches * world_size * size, -1, dtype=np.int64)
     padded[:num_rows] = np.arange(num_rows)

@@ -33,7 +33,7 @@ class RaySession:
 
 
 def train(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's `train_loop_per_worker`. Returns {"error": ...} for errors of the user, which a restart would not mend."""
+    """Ray Train's `train_loop_per_worker`. Returns {"error": ...} for what a restart of the workers would not mend."""
     spec: WorkerSpec = loop_config["spec"]
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
     try:

@@ -1,4 +1,4 @@
-"""Run folders: where a training run keeps everything, and which one a command goes on with. Knows nothing of training itself.
+"""Run folders: where a run keeps everything, and which one a command goes on with. Knows nothing of training itself.
 
 <storage path>/<name>-0001/
     run.json        status (running, trained, finished), config hash, attempts

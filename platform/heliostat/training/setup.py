@@ -1,4 +1,4 @@
-"""What must be settled before workers start: model source, tokenizer, tokens, number of steps. Runs in the driver, without Ray."""
+"""What is settled before workers start: model, tokenizer, number of steps. Runs in the driver; knows no Ray."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError("training.fp16 needs training.use_gpu=true; CPUs train in fp32 or bf16")
     if config.model.scratch and config.adapter.method != "full":
         raise ConfigError(
-            f"adapter.method={config.adapter.method} adapts an existing model, but model.scratch makes a new one; drop one"
+            f"adapter.method={config.adapter.method} adapts an existing model, but model.scratch makes a "
+            "new one; drop one"
         )
     zero.deepspeed_config(training, num_parameters=1)
 
@@ -113,7 +114,7 @@ class Plan:
         total = self.spec.total_steps
         return (
             f"{self.train_rows:,} sequences of up to {self.spec.max_length} tokens ({self.fill:.1%} full), "
-            f"{total:,} steps ({total / self.steps_per_epoch:.1f} epochs) of {self.spec.training.global_batch_size} sequences"
+            f"{total:,} steps of {self.spec.training.global_batch_size} sequences ({total / self.steps_per_epoch:.1f} epochs)"
         )
 
 

@@ -1,6 +1,7 @@
 """Everything that runs on one training worker: build the engine, step, evaluate, checkpoint, export the weights.
 
-It knows its rank and its peers only through a `Session`, so the same loop runs under Ray Train, or in one process without Ray.
+It knows its rank and its peers only through a `Session`, so the same loop runs under Ray Train, or in one process
+without Ray.
 """
 
 import contextlib
@@ -87,7 +88,7 @@ class LocalSession:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
 
     def report(self, folder: Path, metrics: dict[str, float]) -> None:
         """Delete what is older than the newest checkpoints."""
@@ -249,10 +250,10 @@ class Worker:
 
 
 class MetricsLog:
-    """Rank 0's journal of metrics: one JSON line per log point, which the driver follows. Other ranks only take part in sums.
+    """Rank 0's journal of metrics: one JSON line per log point. The driver follows it; other ranks only join in the sums.
 
-    Lines are {"step", "time" (unix seconds), "metrics"}; losses are means per learned token, speeds are real tokens (no padding)
-    per second of all workers, memory is the peak of worker 0.
+    Lines are {"step", "time" (unix seconds), "metrics"}; losses are means per learned token, speeds are real tokens (no
+    padding) per second of all workers, memory is the peak of worker 0.
     """
 
     def __init__(self, path: Path, session: Session) -> None:

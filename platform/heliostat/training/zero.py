@@ -102,7 +102,7 @@ def _check_optimizer(training: TrainingConfig, optimizer: dict[str, Any]) -> Non
     for key, value in ours.items():
         if optimizer.get("params", {}).get(key, "auto") not in ("auto", value):
             raise ConfigError(
-                f"{training.deepspeed}: `optimizer.params.{key}` contradicts the YAML's training section ({value}); drop it"
+                f"{training.deepspeed}: `optimizer.params.{key}` contradicts the YAML ({value}); drop it"
             )
 
 

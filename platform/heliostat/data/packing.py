@@ -1,0 +1,144 @@
+"""Documents -> rows of at most max_length tokens -> batches. Knows token ids and labels; nothing of text or models.
+
+Documents share a row but never see each other: position ids restart at 0 for each, and the models derive the attention
+mask from that. This holds only without an attention mask and with `use_cache=False`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from heliostat.data.tokens import TokenDataset
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One training sequence, not padded; all arrays are [tokens] but `document_lengths` [documents]."""
+
+    input_ids: Integers
+    labels: Integers
+    """The ids, or -100 where a token is not learned or begins a document."""
+    position_ids: Integers
+    document_lengths: Integers
+
+
+def pack(lengths: npt.NDArray[np.integer], max_length: int) -> list[list[int]]:
+    """Indices of the documents in each row, by best-fit decreasing bin packing.
+
+    Every document, the longest first, goes to the row with the least room that still takes it (Ding et al. 2024, "Fewer
+    Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830). O(n log n) for the sorting, and
+    O(max_length / 64) a document for the search: the amounts of room that some row has are the bits of one integer.
+
+    Args:
+        lengths: tokens of each document, [documents], each from 1 to max_length.
+    """
+    sizes = lengths.tolist()
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]
+    rooms = 0
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        size = sizes[document]
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            row, room = len(rows), max_length
+            rows.append([])
+        rows[row].append(document)
+        with_room[room - size].append(row)
+        rooms |= 1 << (room - size)
+    return rows
+
+
+class PackedDataset:
+    """The rows of a split. With `packing` False, every document is a row."""
+
+    def __init__(self, tokens: TokenDataset, max_length: int, *, packing: bool = True) -> None:
+        self.tokens = tokens
+        self.max_length = max_length
+        rows = pack(tokens.lengths, max_length) if packing else [[index] for index in range(len(tokens))]
+        self._documents = np.array([index for row in rows for index in row], dtype=np.int64)
+        self._offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        self._label_counts: Integers = np.add.reduceat(tokens.label_counts[self._documents], self._offsets[:-1])
+        self._token_counts: Integers = np.add.reduceat(tokens.lengths[self._documents], self._offsets[:-1])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def fill(self) -> float:
+        """Part of the positions that hold a token, were every row padded to max_length."""
+        return len(self.tokens.input_ids) / (len(self) * self.max_length)
+
+    def num_label_tokens(self, rows: int | slice | Integers) -> Integers:
+        """Tokens that carry loss, of one row or of each of an array or slice of rows."""
+        return np.asarray(self._label_counts[rows], dtype=np.int64)
+
+    def num_tokens(self, rows: int | slice | Integers) -> Integers:
+        """Tokens of one row or of each of an array or slice of rows, padding not counted."""
+        return np.asarray(self._token_counts[rows], dtype=np.int64)
+
+    def documents(self, row: int) -> Integers:
+        """Indices of the documents in a row."""
+        return self._documents[self._offsets[row] : self._offsets[row + 1]]
+
+    def row(self, row: int) -> PackedRow:
+        """The documents of a row, end to end."""
+        documents = [self.tokens.document(index) for index in self.documents(row)]
+        lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
+        input_ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
+        learned = np.concatenate([mask for _, mask in documents])
+        starts = np.cumsum(lengths) - lengths
+        learned[starts] = False
+        position_ids = np.arange(len(input_ids)) - np.repeat(starts, lengths)
+        return PackedRow(input_ids, np.where(learned, input_ids, IGNORED), position_ids, lengths)
+
+
+def collate(rows: Sequence[PackedRow], pad_token_id: int, *, flatten: bool) -> dict[str, torch.Tensor | int]:
+    """The keyword arguments of a model's forward pass, never an attention mask.
+
+    flatten False: `input_ids`, `labels`, `position_ids` [rows, longest row]; the padding is a document of its own
+    without labels. flatten True (flash attention): the same as [1, all tokens], unpadded, with the document borders as
+    int32 `cu_seq_lens_q/k` [documents + 1] and `max_length_q/k`, as transformers' DataCollatorWithFlattening does it.
+    """
+    return _flatten(rows) if flatten else _pad(rows, pad_token_id)
+
+
+def _pad(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, torch.Tensor | int]:
+    longest = max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_token_id)
+    labels = torch.full((len(rows), longest), IGNORED)
+    position_ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        size = len(row.input_ids)
+        input_ids[index, :size] = torch.from_numpy(row.input_ids)
+        labels[index, :size] = torch.from_numpy(row.labels)
+        position_ids[index, :size] = torch.from_numpy(row.position_ids)
+        position_ids[index, size:] = torch.arange(longest - size)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def _flatten(rows: Sequence[PackedRow]) -> dict[str, torch.Tensor | int]:
+    lengths = np.concatenate([row.document_lengths for row in rows])
+    borders = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.from_numpy(np.concatenate([row.input_ids for row in rows]))[None],
+        "labels": torch.from_numpy(np.concatenate([row.labels for row in rows]))[None],
+        "position_ids": torch.from_numpy(np.concatenate([row.position_ids for row in rows]))[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

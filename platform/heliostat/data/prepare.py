@@ -1,0 +1,125 @@
+"""Rows of each split -> tokenised folders on disk, made once. Knows the cache; the work is in the other modules."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.config import fingerprint
+from heliostat.data.config import DataConfig
+from heliostat.data.records import Row, file_manifest
+from heliostat.data.tokens import TokenDataset, encode
+from heliostat.errors import DataError
+
+# Raise when the same rows and config become other tokens than before.
+FORMAT_VERSION = 1
+# The config keys that decide how a given row is tokenised; the others act on which rows there are, or on packing.
+TOKEN_KEYS = {
+    "format",
+    "columns",
+    "prompt_template",
+    "completion_template",
+    "train_on_inputs",
+    "max_length",
+    "excess_length_strategy",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised data, ready for `TokenDataset.open`."""
+
+    splits: dict[str, Path]
+    """Split -> its folder."""
+    manifest: dict[str, Any]
+    """Lineage: `files` (path, sha256, bytes for each split), `splits` (counts for each), `data_sha256` (the rows used),
+    `tokenizer_sha256`, `cache_key`, `seed`."""
+
+
+def prepare(
+    rows: Mapping[str, Sequence[Row]],
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    cache: Path,
+    splits: Sequence[str] = ("train", "validation"),
+) -> Prepared:
+    """Tokenise the rows that `load_splits` gave, unless `cache` has them by the same tokenizer and config already.
+
+    The first of `splits` must exist; the others are prepared if they do. Two processes may prepare the same data at
+    once: each writes a folder of its own, and the first to finish moves it into place. `seed` is only recorded.
+
+    Raises:
+        DataError: a file, a row or a split is wrong.
+        ModelError: the tokenizer is unfit for the format.
+    """
+    used = {name: rows[name] for name in splits if name in rows}
+    if splits[0] not in used:
+        raise DataError(f"data.{splits[0]}: no file is given for this split; set it, or data.{splits[0]}_size")
+    data_hash = _data_sha256(used)
+    tokenizer_hash = tokenizer_sha256(tokenizer)
+    tokenisation = config.model_dump(mode="json", include=TOKEN_KEYS)
+    key = fingerprint([FORMAT_VERSION, data_hash, tokenizer_hash, tokenisation])
+    folder = cache / key
+    if not folder.exists():
+        _tokenise(used, tokenizer, config, folder)
+    folders = {name: folder / name for name in used}
+    manifest = {
+        "files": _files(config, used),
+        "splits": {name: TokenDataset.open(path).meta for name, path in folders.items()},
+        "data_sha256": data_hash,
+        "tokenizer_sha256": tokenizer_hash,
+        "cache_key": key,
+        "seed": seed,
+    }
+    return Prepared(folders, manifest)
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of everything that decides a text's ids: vocabulary, merges, special tokens, chat template."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # State that earlier calls leave behind; it does not act on ours.
+    del backend["truncation"], backend["padding"]
+    parts = [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenise(rows: Mapping[str, Sequence[Row]], tokenizer: Any, config: DataConfig, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        for name, found in rows.items():
+            encode(found, tokenizer, config).save(temporary / name, name)
+        _move(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    temporary.chmod(0o755)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        # Another process was first; a folder that is there is complete and has the same content.
+        if not folder.exists():
+            raise
+
+
+def _data_sha256(rows: Mapping[str, Sequence[Row]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(rows):
+        digest.update(f"{name} {len(rows[name])}\n".encode())
+        for row in rows[name]:
+            digest.update(hashlib.sha256(row.content()).digest())
+    return digest.hexdigest()
+
+
+def _files(config: DataConfig, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
+    given = {"train": config.train, "validation": config.validation, "test": config.test}
+    # A split without files of its own was taken from the training rows.
+    return {name: file_manifest(given[name] or config.train or []) for name in rows}

@@ -1,0 +1,129 @@
+"""Rows -> train, validation and test rows. Knows nothing of what a row means, except how a `text` document is cut.
+
+Which rows are held out depends on their content and the seed only: identical rows always land in the same split, and
+neither the order of the files nor `max_train_samples` changes the choice.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+from heliostat.data.config import DataConfig
+from heliostat.data.formats import field_text
+from heliostat.data.records import Row, read
+from heliostat.errors import DataError
+
+# How far before the wanted place a document may be cut, so that no line or word is broken.
+BORDER_WINDOW = 1000
+
+
+def load_splits(config: DataConfig, seed: int) -> dict[str, list[Row]]:
+    """The rows of "train", "validation" and "test", those that exist.
+
+    Files that are given win. Otherwise `test_size`, then `validation_size`, are taken from the training rows: below 1 a
+    fraction of them (at least one row), else a count. When `format: text` has too few rows for that, such as one large
+    document, the end of the text is cut off instead. `max_*_samples` keeps the first rows of the finished splits.
+
+    Raises:
+        DataError: nothing is given, a file is wrong (see `read`), or the held-out part leaves no training row.
+    """
+    given = {"train": config.train, "validation": config.validation, "test": config.test}
+    splits = {
+        name: read(sources, column_names=config.column_names, text_separator=config.text_separator)
+        for name, sources in given.items()
+        if sources
+    }
+    if not splits:
+        raise DataError("data.train: no file is given; set data.train (or data.test to evaluate only)")
+    if "train" in splits:
+        sizes = {"test": config.test_size, "validation": config.validation_size}
+        wanted = {name: size for name, size in sizes.items() if size and name not in splits}
+        splits |= _hold_out(splits["train"], wanted, config, seed)
+    limits = {
+        "train": config.max_train_samples,
+        "validation": config.max_validation_samples,
+        "test": config.max_test_samples,
+    }
+    return {name: splits[name][: limits[name]] for name in given if name in splits}
+
+
+def _hold_out(rows: list[Row], sizes: dict[str, float], config: DataConfig, seed: int) -> dict[str, list[Row]]:
+    """ "train" and one split for each of `sizes`."""
+    by_text = config.format == "text" and any(0 < size * len(rows) < 1 for size in sizes.values())
+    if by_text:
+        return _hold_out_text(rows, sizes, config)
+    counts = {name: max(1, round(size * len(rows))) if size < 1 else int(size) for name, size in sizes.items()}
+    groups = _groups_by_hash(rows, seed)
+    splits = {name: _take(groups, count, name, len(rows)) for name, count in counts.items()}
+    splits["train"] = [index for group in groups for index in group]
+    if not splits["train"]:
+        keys = " and ".join(f"data.{name}_size: {sizes[name]}" for name in sizes)
+        raise DataError(f"{keys} leaves none of the {len(rows)} rows of data.train for training; make it smaller")
+    return {name: [rows[index] for index in sorted(indices)] for name, indices in splits.items()}
+
+
+def _groups_by_hash(rows: Sequence[Row], seed: int) -> list[list[int]]:
+    """Indices of identical rows together, the groups in the order of their hash with the seed."""
+    groups: dict[bytes, list[int]] = {}
+    for index, row in enumerate(rows):
+        digest = hashlib.sha256(f"{seed}\n".encode() + row.content()).digest()
+        groups.setdefault(digest, []).append(index)
+    return [groups[digest] for digest in sorted(groups)]
+
+
+def _take(groups: list[list[int]], count: int, name: str, total: int) -> list[int]:
+    """Move whole groups that add up to `count` rows out of `groups`; one that is too large stays."""
+    taken: list[int] = []
+    left = []
+    for group in groups:
+        if len(taken) + len(group) <= count:
+            taken += group
+        else:
+            left.append(group)
+    if len(taken) < count and not (taken and left):
+        raise DataError(
+            f"data.{name}_size: cannot take {count} of the {total} rows of data.train; too few are distinct"
+        )
+    groups[:] = left
+    return taken
+
+
+def _hold_out_text(rows: list[Row], sizes: dict[str, float], config: DataConfig) -> dict[str, list[Row]]:
+    column = config.columns.get("text", "text")
+    total = sum(len(field_text(row, config, "text")) for row in rows)
+    splits: dict[str, list[Row]] = {}
+    left = list(rows)
+    for name, size in sizes.items():
+        if size >= 1:
+            raise DataError(f"data.{name}_size: {size} rows cannot be taken from {len(rows)}; give a fraction below 1")
+        left, splits[name] = _cut_end(left, round(size * total), column)
+    if not left or not all(splits.values()):
+        raise DataError(f"data.train: its {total} characters are too few to hold out {sizes}")
+    return {"train": left, **splits}
+
+
+def _cut_end(rows: list[Row], size: int, column: str) -> tuple[list[Row], list[Row]]:
+    """The rows without their last `size` characters, and those, cut at the end of a line or word."""
+    left = list(rows)
+    end: list[Row] = []
+    while left and size > 0:
+        row = left.pop()
+        text = row.fields[column]
+        border = _border(text, len(text) - size) if len(text) > size else 0
+        if border:
+            left.append(_with_text(row, column, text[:border]))
+        end.insert(0, _with_text(row, column, text[border:]))
+        size -= len(text) - border
+    return left, end
+
+
+def _with_text(row: Row, column: str, text: str) -> Row:
+    return dataclasses.replace(row, fields={**row.fields, column: text})
+
+
+def _border(text: str, at: int) -> int:
+    for mark in ("\n", " "):
+        found = text.rfind(mark, max(0, at - BORDER_WINDOW), at)
+        if found > 0:
+            return found + 1
+    return at

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, time, timedelta
 from itertools import chain, combinations, permutations, product
 from pathlib import Path
 from random import Random
@@ -36,18 +36,19 @@ BY_HAND = [
     (Schedule(times=((0, 15),)), "at 12:15 am each day", "15 0 * * *"),
     (Schedule(times=((12, 5),)), "seven days a week at 12:05pm", "5 12 * * *"),
     (Schedule(times=((17, 45),)), "at quarter to six in the afternoon every day", "45 17 * * *"),
-    (Schedule(times=((21, 30),)), "every single day at half past nine pm", "30 21 * * *"),
+    (Schedule(times=((21, 30),)), "every single day at half past nine in the evening", "30 21 * * *"),
     (Schedule(times=((9, 30),)), "daily at half past nine", "30 9 * * *"),
-    (Schedule(times=((23, 50),)), "daily at ten to twelve at night", "50 23 * * *"),
+    (Schedule(times=((12, 45),)), "daily at quarter to one in the afternoon", "45 12 * * *"),
+    (Schedule(times=((11, 45),)), "daily at quarter to twelve", "45 11 * * *"),
     # weekday_time
     (Schedule(times=((9, 30),), weekdays=WORKDAYS), "every weekday at 9:30", "30 9 * * 1-5"),
     (Schedule(times=((7, 0),), weekdays=WORKDAYS), "at 7am mon-fri", "0 7 * * 1-5"),
     (Schedule(times=((10, 0),), weekdays=WEEKEND), "on weekends at 10", "0 10 * * 0,6"),
-    (Schedule(times=((10, 0),), weekdays=WEEKEND), "at 10:00 saturdays and sundays", "0 10 * * 0,6"),
-    (Schedule(times=((18, 5),), weekdays=(0,)), "on sundays at 6:05 in the evening", "5 18 * * 0"),
+    (Schedule(times=((10, 0),), weekdays=WEEKEND), "at 10am saturdays and sundays", "0 10 * * 0,6"),
+    (Schedule(times=((18, 5),), weekdays=(0,)), "on sundays at 6:05 pm", "5 18 * * 0"),
     (Schedule(times=((0, 0),), weekdays=(1,)), "on mondays", "0 0 * * 1"),
-    (Schedule(times=((8, 0),), weekdays=(1, 2, 3, 4)), "monday through thursday at 08:00", "0 8 * * 1-4"),
-    (Schedule(times=((8, 0),), weekdays=(0, 5, 6)), "from friday to sunday at eight o'clock", "0 8 * * 0,5,6"),
+    (Schedule(times=((8, 0),), weekdays=(1, 2, 3, 4)), "monday through thursday at 8:00", "0 8 * * 1-4"),
+    (Schedule(times=((8, 0),), weekdays=(0, 5, 6)), "from friday to sunday at 8", "0 8 * * 0,5,6"),
     (Schedule(times=((6, 0),), weekdays=(1, 3, 5)), "at 6 am every mon, wed and fri", "0 6 * * 1,3,5"),
     (Schedule(times=((12, 0),), weekdays=(0, 2, 3, 4, 5, 6)), "every day but monday at noon", "0 12 * * 0,2-6"),
     # several_times
@@ -85,7 +86,7 @@ BY_HAND = [
     (Schedule(times=((0, 0),), days=(1,)), "once a month", "0 0 1 * *"),
     # day_list_of_month
     (Schedule(times=((6, 15),), days=(1, 15)), "on the 1st and 15th at 6:15", "15 6 1,15 * *"),
-    (Schedule(times=((9, 0),), days=(2, 3)), "on the second and third at 9:00", "0 9 2,3 * *"),
+    (Schedule(times=((9, 0),), days=(2, 3)), "at 9:00 on days 2 and 3 of each month", "0 9 2,3 * *"),
     (
         Schedule(times=((7, 0),), days=(1, 2, 3, 4, 5)),
         "from the 1st to the 5th of each month at 7am",
@@ -94,7 +95,7 @@ BY_HAND = [
     # yearly
     (Schedule(times=((20, 0),), days=(3,), months=(3,)), "on march 3rd at 8 pm", "0 20 3 3 *"),
     (Schedule(times=((8, 0),), days=(25,), months=(12,)), "every year on the 25th of december at 8:00", "0 8 25 12 *"),
-    (Schedule(times=((0, 0),), days=(1,), months=(1,)), "yearly on jan 1", "0 0 1 1 *"),
+    (Schedule(times=((0, 0),), days=(1,), months=(1,)), "every jan 1", "0 0 1 1 *"),
     # month_range
     (Schedule(times=((7, 0),), months=(6, 7, 8)), "every day from june to august at 7:00", "0 7 * 6-8 *"),
     (Schedule(times=((9, 0),), weekdays=(1,), months=(6,)), "at 9am every monday in june", "0 9 * 6 1"),
@@ -104,7 +105,7 @@ BY_HAND = [
     (Schedule(times=((9, 0),), days=(5,), months=(1, 7)), "twice a year on the 5th at 9:00", "0 9 5 1,7 *"),
     (
         Schedule(times=((12, 0),), days=(10,), months=(1, 3, 5, 7, 9, 11)),
-        "at midday every two months on the tenth",
+        "at noon every two months on the 10th",
         "0 12 10 1,3,5,7,9,11 *",
     ),
 ]
@@ -172,15 +173,20 @@ def test_a_line_fires_when_its_schedule_runs(family: str) -> None:
 
 def test_every_clock_wording_reads_as_its_time_only() -> None:
     read: dict[str, tuple[int, int]] = {}
-    for time in product(range(24), range(60)):
-        styles = phrases.clock(*time)
-        assert len(styles) >= 4
-        for style, pattern in {"24 h": "%H:%M", "padded": "%H:%M", "12 h long": "%I:%M %p", "hour": "%H"}.items():
-            if style in styles:
-                read_back = datetime.strptime(styles[style], pattern)
-                assert (read_back.hour, read_back.minute) == time
+    for hour, minute in product(range(24), range(60)):
+        styles = phrases.clock(hour, minute)
+        formats = {"24 h": "%H:%M", "12 h": "%I:%M%p" if minute else "%I%p", "hour": "%H"}
+        for style in styles.keys() & formats:
+            assert datetime.strptime(styles[style], formats[style]).time() == time(hour, minute)
         for wording in styles.values():
-            assert read.setdefault(wording, time) == time
+            assert read.setdefault(wording, (hour, minute)) == (hour, minute)
+
+
+def test_a_part_of_the_day_never_follows_two_times() -> None:
+    # "half past one and half past three in the afternoon" would have two meanings.
+    found = all_phrases(Schedule(times=((1, 30), (15, 30))))
+    assert "every day at 1:30 and 15:30" in found
+    assert not [phrase for phrase in found if "past" in phrase or "afternoon" in phrase]
 
 
 def test_different_schedules_share_no_phrase() -> None:
@@ -289,3 +295,23 @@ def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> N
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="file: cannot be written"):
         schedules.write(tmp_path / "file")
+
+
+def test_the_module_is_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["schedules", str(tmp_path / "data"), "--seed", "3"])
+    schedules.main()
+    assert json.loads(capsys.readouterr().out) == schedules.write(tmp_path / "again", seed=3)
+    assert digests(tmp_path / "data") == digests(tmp_path / "again")
+
+
+def test_the_command_says_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["schedules", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as exit_status:
+        schedules.main()
+    assert exit_status.value.code == 2
+    assert "file: cannot be written" in capsys.readouterr().err

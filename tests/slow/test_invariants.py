@@ -1,0 +1,132 @@
+"""What must not change the outcome of training: how the global batch is cut, ZeRO, packing, and being stopped."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from heliostat.data.config import DataConfig
+from heliostat.data.records import Row
+from heliostat.data.tokens import encode
+from heliostat.models.config import AdapterConfig
+from heliostat.training.config import TrainingConfig
+from heliostat.training.worker import WorkerSpec
+from tests import forked, tiny
+
+STEPS = 6
+GLOBAL_BATCH = 8
+CUTS = {"1x8": (1, 8), "2x4": (2, 4), "8x1": (8, 1)}
+STAGES = ("zero0", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and tokens of documents whose completions have very different lengths."""
+    root = tmp_path_factory.mktemp("invariants")
+    tiny.write_model(root / "model", "llama")
+    for name, rows in (("train", 70), ("validation", 20)):
+        words = " ".join(tiny.TEXTS).split()
+        documents = [
+            Row({"prompt": tiny.TEXTS[i % 40], "completion": " ".join(words[i : i + 1 + i * 7 % 29])}, f"{name}:{i}")
+            for i in range(rows)
+        ]
+        encode(documents, tiny.tokenizer(), DataConfig(format="prompt_completion", max_length=64)).save(root / name, name)
+    return root
+
+
+def spec(folder: Path, run: str, workers: int, accumulation: int, stage: str, method: str, steps: int = STEPS) -> WorkerSpec:
+    """A run of `steps` steps that saves every 2 and evaluates every 3."""
+    (folder / run).mkdir(exist_ok=True)
+    training = TrainingConfig(
+        num_workers=workers,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=3e-3,
+        deepspeed=stage,
+        weight_decay=0.1,
+        load_best_model_at_end=False,
+    )
+    return WorkerSpec(
+        run_folder=str(folder / run),
+        attempt="attempt-01",
+        model=str(folder / "model"),
+        revision=None,
+        from_scratch=False,
+        attention=None,
+        adapter=AdapterConfig(method=method, lora_r=4),  # type: ignore[arg-type]
+        training=training,
+        train_tokens=str(folder / "train"),
+        validation_tokens=str(folder / "validation"),
+        max_length=64,
+        packing=True,
+        pad_token_id=1,
+        total_steps=steps,
+        eval_steps=3,
+        save_steps=2,
+        seed=7,
+    )
+
+
+def journal(folder: Path, run: str, metric: str) -> dict[int, float]:
+    """The values of one metric by step; a repeated step's last one."""
+    rows = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["metrics"][metric] for row in rows if metric in row["metrics"]}
+
+
+def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
+    """The exported weights."""
+    (file,) = (folder / run / "weights").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """All runs that the tests compare, in one process tree."""
+    cuts = [
+        (spec(folder, f"{method}-{cut}-{stage}", workers, accumulation, stage, method), workers)
+        for method in ("full", "lora")
+        for stage in STAGES
+        for cut, (workers, accumulation) in CUTS.items()
+        if stage == "zero2" or cut == "2x4"
+    ]
+    forked.run(cuts)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    "run", ["2x4-zero2", "8x1-zero2", "2x4-zero0", "2x4-zero3"]
+)  # fmt: skip
+def test_cut_of_the_global_batch_does_not_matter(finished: Path, method: str, run: str) -> None:
+    reference = f"{method}-1x8-zero2"
+    for metric in ("loss", "eval_loss", "grad_norm"):
+        expected = journal(finished, reference, metric)
+        assert len(expected) >= 3
+        assert journal(finished, f"{method}-{run}", metric) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_learns(finished: Path, method: str) -> None:
+    losses = journal(finished, f"{method}-1x8-zero2", "eval_loss")
+    assert losses[STEPS] < losses[0] - 0.02
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_ends_with_the_same_weights(finished: Path, method: str, stage: str) -> None:
+    first = spec(finished, f"{method}-{stage}-resumed", 2, 4, stage, method)
+    # Stop after step 4 of the same schedule: what a kill between step 4 and the next checkpoint leaves behind.
+    stopped = dataclasses.replace(first, total_steps=STEPS)
+    forked.run([(stopped, 2)])
+    (Path(first.run_folder) / "checkpoints" / "attempt-01" / "step_000006-w2" / "manifest_1.json").unlink()
+    before = weights(finished, f"{method}-{stage}-resumed")
+    forked.run([(dataclasses.replace(first, attempt="attempt-02"), 2)])
+    starts = journal(finished, f"{method}-{stage}-resumed", "progress.start")
+    assert list(starts) == [0, 4]
+    after, unbroken = weights(finished, f"{method}-{stage}-resumed"), weights(finished, f"{method}-2x4-{stage}")
+    assert before.keys() == after.keys() == unbroken.keys()
+    for name in unbroken:
+        assert torch.equal(after[name], unbroken[name]), name

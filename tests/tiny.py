@@ -1,0 +1,47 @@
+"""Small models with random weights, for tests that need a real one but not a good one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from heliostat.data.formats import CHATML
+from heliostat.models.scratch import train_tokenizer
+
+KEYS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128},
+    "llama": {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    },
+}
+TEXTS = [f"the {a} {b} goes to the {c} at {n} o'clock" for a in "red big old".split() for b in "cat dog man".split()
+         for c in "house river market".split() for n in range(4)]  # fmt: skip
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer with a ChatML template."""
+    made = train_tokenizer(TEXTS, 400, 128, chat=True)
+    made.chat_template = CHATML
+    return made
+
+
+def write_model(folder: Path, model_type: str) -> Path:
+    """Write a random model and its tokenizer to `folder`."""
+    made = tokenizer()
+    ids = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
+    config = AutoConfig.for_model(model_type, vocab_size=len(made), **ids, **KEYS[model_type])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    # The usual initialisation is so small that all logits are alike; spread, greedy decoding has clear winners.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ Result = dict[str, Any]
 class Command:
     """A verb: what it does, its arguments, and the function that does it.
 
-    The function may call `emit` with its result before it ends (a server does, once it is up); else it returns it.
+    The function returns its result, or shows it by `options.emit` before it ends, as a server does once it is up.
     """
 
     help: str
@@ -225,13 +226,21 @@ def _serve(options: argparse.Namespace) -> None:
         endpoint = launch.start(serving, reference)
         try:
             options.emit({"url": endpoint.url, "model": endpoint.model_id, "reference": reference})
-            endpoint.wait()
+            _until_interrupted()
         finally:
             endpoint.stop()
 
 
+def _until_interrupted() -> None:
+    """Wait for Ctrl-C or a polite kill; the caller then shuts down what it started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print("press Ctrl-C to stop", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pause()
+
+
 def _show_serve(result: Result) -> str:
-    return f"{result['reference']} is served as `{result['model']}` at {result['url']}/v1  (Ctrl-C stops)"
+    return f"{result['reference']} is served as `{result['model']}` at {result['url']}  (Ctrl-C stops)"
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +284,11 @@ def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
 def _quickstart(options: argparse.Namespace) -> Result | None:
     from heliostat.quickstart import run
 
-    result = run.quickstart(options.overrides, _console(), keep=options.keep, emit=options.emit)
+    def keep(result: Result) -> None:
+        options.emit(result)
+        _until_interrupted()
+
+    result = run.quickstart(options.overrides, _console(), keep=keep if options.keep else None)
     return None if options.keep else result
 
 

@@ -12,7 +12,7 @@ from heliostat.errors import ResourceError
 
 _PACKAGE = Path(__file__).parent
 # Set in the driver, passed on by Ray Train to its controller and workers.
-_TRAIN_ENVIRONMENT = {
+TRAIN_ENVIRONMENT = {
     # How often the controller looks at its workers, and so how long a checkpoint report takes (default 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
@@ -29,7 +29,7 @@ def connect(address: str | None = None) -> None:
 
     if ray.is_initialized():
         return
-    os.environ.update({key: value for key, value in _TRAIN_ENVIRONMENT.items() if key not in os.environ})
+    os.environ.update({key: value for key, value in TRAIN_ENVIRONMENT.items() if key not in os.environ})
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     try:

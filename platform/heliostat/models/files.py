@@ -39,8 +39,8 @@ def _package_file(reference: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"model `{reference}`: the Python package `{package}` is not installed; `make models` installs the one "
-            "that the examples use, or set model.model_name_or_path to a folder or hub name"
+            f"model `{reference}`: the Python package `{package}` is not installed; `make install` brings the one "
+            "that the examples use; or set model.model_name_or_path to a folder or hub name"
         )
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.exists():

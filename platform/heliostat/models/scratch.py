@@ -1,4 +1,4 @@
-"""A model from scratch: a byte-level BPE tokenizer trained on the data, and the config of a new model. Knows no weights.
+"""A model from scratch: a byte-level BPE tokenizer trained on the data, and the config of a new one. Knows no weights.
 
 The worker initialises the weights from the folder written here (`heliostat.models.base.new_model`).
 """

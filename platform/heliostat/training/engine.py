@@ -1,4 +1,4 @@
-"""A model in a DeepSpeed engine: optimizer, schedule, ZeRO; and its weights out of it again. Knows no data, no steps."""
+"""A model in a DeepSpeed engine: optimizer, schedule, ZeRO; and its weights out again. Knows no data, no steps."""
 
 import contextlib
 import logging

@@ -114,7 +114,7 @@ class Plan:
         total = self.spec.total_steps
         return (
             f"{self.train_rows:,} sequences of up to {self.spec.max_length} tokens ({self.fill:.1%} full), "
-            f"{total:,} steps of {self.spec.training.global_batch_size} sequences ({total / self.steps_per_epoch:.1f} epochs)"
+            f"{total:,} steps of {self.spec.training.global_batch_size} ({total / self.steps_per_epoch:.1f} epochs)"
         )
 
 

@@ -1,4 +1,4 @@
-"""The driver of a training run: configuration in, registered bundle out. Knows the order of things, not their insides."""
+"""The driver of a training run: configuration in, registered bundle out. Knows the order of things, not the things."""
 
 import json
 import shutil

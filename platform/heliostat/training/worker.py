@@ -250,7 +250,7 @@ class Worker:
 
 
 class MetricsLog:
-    """Rank 0's journal of metrics: one JSON line per log point. The driver follows it; other ranks only join in the sums.
+    """Rank 0's journal of metrics: one JSON line per log point. The driver follows it; other ranks join in the sums.
 
     Lines are {"step", "time" (unix seconds), "metrics"}; losses are means per learned token, speeds are real tokens (no
     padding) per second of all workers, memory is the peak of worker 0.

@@ -64,7 +64,6 @@ def _owned(training: TrainingConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "train_batch_size": training.global_batch_size,
         "gradient_clipping": training.max_grad_norm,
         "bf16": {"enabled": training.bf16},
         "fp16": {"enabled": training.fp16},
@@ -73,7 +72,7 @@ def _owned(training: TrainingConfig) -> dict[str, Any]:
 
 def _user_file(training: TrainingConfig) -> dict[str, Any]:
     config = _read_json(training.deepspeed)
-    for key, ours in _owned(training).items():
+    for key, ours in {**_owned(training), "train_batch_size": training.global_batch_size}.items():
         theirs = config.pop(key, "auto")
         if isinstance(ours, dict):
             theirs = theirs.get("enabled", "auto") if isinstance(theirs, dict) else theirs

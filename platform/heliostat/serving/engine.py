@@ -1,0 +1,314 @@
+"""Token ids in, text out: many requests at once on one model. Knows transformers' continuous batching, not HTTP or Ray.
+
+The generation loop of transformers ends, with all its requests, when any step raises. So nothing reaches it that could
+make a step raise (`check`), and when one does, its requests fail and a new loop is started. Handlers run on one event
+loop; the loop's thread only posts to it.
+"""
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+
+from heliostat.errors import HeliostatError, ModelError, ResourceError
+from heliostat.serving.sampling import InvalidRequest, Sampler, SamplingParams
+from heliostat.serving.text import Completion, Delta
+
+logger = logging.getLogger(__name__)
+# At its warning level, transformers logs the first and last tokens of prompts that it drops.
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+
+# Tokens of one block of the KV cache; prompts share the whole blocks of a common beginning.
+PAGE_TOKENS = 32
+
+
+class EngineFailed(HeliostatError):
+    """The engine cannot work on a request, or stopped while it did; the request may be sent again."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in the loop; `arrivals` gets lists of new tokens, or the error that ended it."""
+
+    id: str
+    manager: ContinuousBatchingManager
+    arrivals: "asyncio.Queue[list[int] | EngineFailed]" = field(default_factory=asyncio.Queue)
+    received: int = 0
+
+
+class Engine:
+    """Continuous batching of one model. Construct, `await start()`, then `generate` from that same event loop."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_batch_tokens: int, cache_tokens: int, max_batch_requests: int
+    ) -> None:
+        """`max_batch_tokens` and `max_batch_requests` bound one forward pass, `cache_tokens` the KV cache.
+
+        Raises:
+            ResourceError: the cache is smaller than one block.
+        """
+        if cache_tokens < PAGE_TOKENS:
+            raise ResourceError(f"serving.cache_tokens={cache_tokens} is too small: give at least {PAGE_TOKENS}")
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batching = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=cache_tokens // PAGE_TOKENS,
+            max_batch_tokens=max_batch_tokens,
+            max_requests_per_batch=max_batch_requests,
+            # With flash attention allowed, transformers may download a kernel from the hub and run it.
+            auto_switch_to_flash=False,
+            # The sampler reads and writes tensors on the host between steps.
+            use_cuda_graph=False,
+            use_async_batching=False,
+        )
+        self._eos = _token_ids(model.generation_config.eos_token_id)
+        self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self._max_length = 0
+        self._manager: ContinuousBatchingManager | None = None
+        self._requests: dict[str, _Request] = {}
+        self._failure: Exception | None = None
+        self._supervisor: threading.Thread | None = None
+        self._started = threading.Event()
+        self._closing = threading.Event()
+
+    async def start(self) -> None:
+        """Allocate the cache, start the loop and prove with two short generations that the model runs in it.
+
+        Raises:
+            ResourceError: the cache does not fit into memory.
+            ModelError: the model cannot be run with continuous batching.
+        """
+        self._event_loop = asyncio.get_running_loop()
+        manager = await asyncio.to_thread(self._new_manager)
+        capacity = infer_max_single_request_tokens(manager.batch_processor.cache)
+        self._max_length = min(_positions(self._model.config), capacity)
+        # The generation thread inherits `daemon`, so that neither keeps a process alive that forgets to close.
+        self._supervisor = threading.Thread(target=self._supervise, args=(manager,), name="engine", daemon=True)
+        self._supervisor.start()
+        await asyncio.to_thread(self._started.wait)
+        try:
+            await asyncio.gather(*(self._try_out(temperature) for temperature in (0.0, 1.0)))
+        except EngineFailed as error:
+            self.close()
+            raise ModelError(f"the model cannot be run with continuous batching: {self._failure}") from error
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the generation thread is alive and takes requests."""
+        manager = self._manager
+        if manager is None or not manager.is_running():
+            return False
+        return manager.background_thread_status.can_accept_new_requests() is None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and completion of one request may have together."""
+        return self._max_length
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are waiting or being generated."""
+        return len(self._requests)
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Refuse what could not be generated, or would make a step of the loop raise.
+
+        Raises:
+            InvalidRequest: the prompt is empty, has ids that are no tokens, or is too long for `params.max_tokens`.
+        """
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty; it must have at least one token", "prompt")
+        if not all(type(token) is int and 0 <= token < self._vocab_size for token in prompt_ids):
+            raise InvalidRequest(f"the prompt has ids that are not tokens (0 to {self._vocab_size - 1})", "prompt")
+        if len(prompt_ids) + params.max_tokens > self._max_length:
+            raise InvalidRequest(
+                f"this model takes at most {self._max_length} tokens: the prompt has {len(prompt_ids)} and "
+                f"max_tokens asks for {params.max_tokens} more; shorten the prompt or lower max_tokens",
+                "prompt" if len(prompt_ids) >= self._max_length else "max_tokens",
+                code="context_length_exceeded",
+            )
+
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta]:
+        """Generate from `prompt_ids`; the texts of the deltas joined are the completion, without any stop string.
+
+        Closing the iterator early, or cancelling the task that reads it, gives its slot and cache back.
+
+        Raises:
+            InvalidRequest: see `check`.
+            EngineFailed: the engine stopped before the last delta, which is the one with a `finish_reason`.
+        """
+        self.check(prompt_ids, params)
+        request = self._submit(list(prompt_ids), params)
+        completion = Completion(self._tokenizer, prompt_ids, params, self._eos)
+        try:
+            while completion.finish_reason is None:
+                arrived = await request.arrivals.get()
+                if isinstance(arrived, EngineFailed):
+                    raise arrived
+                yield completion.extend(arrived)
+        finally:
+            self._forget(request)
+
+    def close(self) -> None:
+        """Stop the loop's thread; requests in flight fail. May be called twice."""
+        self._closing.set()
+        manager = self._manager
+        if manager is not None:
+            _stop(manager)
+        if self._supervisor is not None:
+            self._supervisor.join(timeout=30)
+
+    def _submit(self, prompt_ids: list[int], params: SamplingParams) -> _Request:
+        manager = self._manager
+        if manager is None:
+            raise EngineFailed("the engine is restarting; send the request again")
+        request = _Request(uuid.uuid4().hex, manager)
+        # Registered first: output may come before add_request returns.
+        self._requests[request.id] = request
+        accepted = manager.add_request(
+            prompt_ids,
+            request_id=request.id,
+            max_new_tokens=params.max_tokens,
+            streaming=True,
+            eos_token_id=list(self._eos),
+            **params.row(self._vocab_size),
+        )
+        if accepted is None:
+            del self._requests[request.id]
+            raise EngineFailed("the engine is restarting; send the request again")
+        return request
+
+    def _forget(self, request: _Request) -> None:
+        """Drop a request; where it has not ended by itself, have the loop free its slot and cache."""
+        if self._requests.pop(request.id, None) is not None:
+            request.manager.cancel_request(request.id)
+
+    def _receive(self, manager: ContinuousBatchingManager, outputs: Sequence[GenerationOutput]) -> None:
+        """Hand outputs of the loop to their requests. Runs on the event loop."""
+        for output in outputs:
+            ended = output.is_finished()
+            request = self._requests.get(output.request_id)
+            if request is None:
+                # The loop reads new requests before cancellations, so it can miss one that came right in between.
+                if not ended:
+                    manager.cancel_request(output.request_id)
+                continue
+            if ended:
+                del self._requests[request.id]
+            if output.status == RequestStatus.FAILED:
+                request.arrivals.put_nowait(_stopped())
+            else:
+                request.arrivals.put_nowait(output.generated_tokens[request.received :])
+                request.received = len(output.generated_tokens)
+
+    def _fail(self, manager: ContinuousBatchingManager) -> None:
+        """Fail what `manager` left behind: requests added after it failed its own. Runs on the event loop."""
+        for request in [request for request in self._requests.values() if request.manager is manager]:
+            del self._requests[request.id]
+            request.arrivals.put_nowait(_stopped())
+
+    def _post(self, function: Callable[..., None], *args: Any) -> None:
+        """Run `function` on the event loop. Never raises: an error here would end the generation loop."""
+        try:
+            self._event_loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            logger.debug("the event loop is closed; output is dropped")
+
+    def _supervise(self, manager: ContinuousBatchingManager) -> None:
+        """Keep a generation loop running until `close`. The body of the supervising thread."""
+        while True:
+            manager.start()
+            self._manager = manager
+            self._started.set()
+            if self._closing.is_set():
+                _stop(manager)
+            manager.join(time.perf_counter())
+            self._manager = None
+            self._failure = manager.background_thread_status.fatal_error
+            self._post(self._fail, manager)
+            if self._closing.is_set():
+                return
+            logger.error("the generation loop ended (%s); starting a new one", type(self._failure).__name__)
+            del manager
+            gc.collect()
+            try:
+                manager = self._new_manager()
+            except Exception:
+                logger.exception("the generation loop cannot be started again; the engine stays down")
+                return
+
+    def _new_manager(self) -> ContinuousBatchingManager:
+        """A manager with its cache allocated, not started."""
+        manager = self._model.init_continuous_batching(
+            GenerationConfig(do_sample=True, eos_token_id=-1), self._batching
+        )
+        manager.logit_processor = Sampler()
+        manager.output_router = _Router(lambda outputs: self._post(self._receive, manager, outputs))
+        try:
+            manager.warmup()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"the KV cache does not fit; lower serving.cache_tokens or serving.max_batch_tokens ({error})"
+            ) from error
+        return manager
+
+    async def _try_out(self, temperature: float) -> None:
+        async for _ in self.generate([0], SamplingParams(max_tokens=1, temperature=temperature)):
+            pass
+
+
+class _Router:
+    """Passes all outputs on in one call and keeps none: no handler to leak, no queue that nobody reads.
+
+    Interface: transformers.generation.continuous_batching.continuous_api.OutputRouter.
+    """
+
+    def __init__(self, receive: Callable[[Sequence[GenerationOutput]], None]) -> None:
+        self._receive = receive
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Pass one output on."""
+        self._receive([output])
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """Pass the outputs of one step on."""
+        self._receive(outputs)
+
+    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
+        """Pass on that a request failed."""
+        state.status = RequestStatus.FAILED
+        state.error = str(error)
+        self._receive([state.to_generation_output()])
+
+
+def _stopped() -> EngineFailed:
+    return EngineFailed("the engine stopped while it worked on the request; send it again")
+
+
+def _stop(manager: ContinuousBatchingManager) -> None:
+    """Ask the loop to end after the step it is in. The supervising thread is the one that waits for it."""
+    manager.background_thread_status.request_stop(BackgroundThreadStatus.HARD_STOP, 0)
+
+
+def _positions(config: Any) -> int:
+    """The longest sequence of a model. Architectures without absolute positions give no such number."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1)
+
+
+def _token_ids(value: int | Sequence[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)

@@ -1,0 +1,119 @@
+"""Tokens to text, piece by piece, until a stop string. Knows tokenizers, not models or HTTP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from heliostat.serving.sampling import SamplingParams
+
+# Tokens of the prompt that decoding starts from: enough for any character or word boundary that spans the border.
+_CONTEXT_TOKENS = 8
+_INCOMPLETE = "\ufffd"
+# A character has at most 4 bytes: bytes that are still none after this many tokens are garbage, and given out as such.
+_LONGEST_WAIT = 32
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a generation; `finish_reason` is set on the last one only."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens generated so far, the end-of-sequence token included."""
+    finish_reason: FinishReason | None = None
+
+
+class Detokenizer:
+    """Decodes a growing list of tokens; the pieces joined are the decoded whole, and none holds half a character."""
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._done = len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is incomplete and for special tokens."""
+        self._ids.append(token_id)
+        known = self._decode(self._ids[: self._done])
+        text = self._decode(self._ids)
+        incomplete = text.endswith(_INCOMPLETE) or len(text) <= len(known)
+        if incomplete and len(self._ids) - self._done < _LONGEST_WAIT:
+            return ""
+        # Decoding starts at the last piece given out, not at the first, so that its cost stays that of a few tokens.
+        self._ids = self._ids[self._done :]
+        self._done = len(self._ids)
+        return text[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class StopStrings:
+    """Cuts a stream of text before the stop string that is complete first, also one that spans several pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that is safe to give out, and whether a stop string was found (then nothing may follow)."""
+        text = self._held + piece
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The text held back because a stop string might have followed."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+class Completion:
+    """Turns the tokens of one request into deltas, and decides where it ends."""
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], params: SamplingParams, eos: frozenset[int]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
+        self._stops = StopStrings(params.stop)
+        self._max_tokens = params.max_tokens
+        self._eos = eos
+        self._prompt_tokens = len(prompt_ids)
+        self._tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def extend(self, token_ids: Sequence[int]) -> Delta:
+        """The delta of `token_ids`, up to the one that ends the completion."""
+        pieces: list[str] = []
+        used: list[int] = []
+        for token in token_ids:
+            used.append(token)
+            pieces.append(self._add(token))
+            if self.finish_reason:
+                break
+        return Delta("".join(pieces), tuple(used), self._prompt_tokens, self._tokens, self.finish_reason)
+
+    def _add(self, token: int) -> str:
+        self._tokens += 1
+        if token in self._eos:
+            self.finish_reason = "stop"
+            return self._stops.flush()
+        text, stopped = self._stops.push(self._detokenizer.push(token))
+        if stopped:
+            self.finish_reason = "stop"
+        elif self._tokens >= self._max_tokens:
+            self.finish_reason = "length"
+            text += self._stops.flush()
+        return text

@@ -5,7 +5,6 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +165,29 @@ def test_cancelled_requests_give_back_slot_and_cache(loaded: Loaded) -> None:
     run(loaded, test)
 
 
+def test_cancellations_while_the_cache_overflows_hold_up_nobody(loaded: Loaded) -> None:
+    async def test(engine: Engine) -> None:
+        rng = random.Random(1)
+
+        async def one(prompt: list[int], leave_after: int | None) -> None:
+            stream = engine.generate(prompt, SamplingParams(rng.randrange(1, 128 - len(prompt))))
+            count = 0
+            async for delta in stream:
+                count += len(delta.token_ids)
+                if leave_after is not None and count > leave_after:
+                    break
+            await stream.aclose()
+
+        common = list(range(10, 75))
+        given = [common[: rng.choice([0, 33, 64])] + prompt for prompt in prompts(60, 40, seed=6)]
+        leaving = [rng.choice([None, None, 0, 1, 3]) for _ in given]
+        jobs = [one(prompt, leave_after) for prompt, leave_after in zip(given, leaving, strict=True)]
+        await asyncio.wait_for(asyncio.gather(*jobs), timeout=120)
+
+    for cache_tokens in (128, 160, 192):
+        run(loaded, test, cache_tokens=cache_tokens, max_batch_requests=4)
+
+
 def test_a_failing_step_fails_its_requests_and_the_engine_comes_back(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,14 +268,14 @@ def test_a_request_longer_than_the_cache_is_refused(loaded: Loaded) -> None:
 
 
 def test_sizes_that_cannot_be_are_named(loaded: Loaded) -> None:
-    with pytest.raises(ResourceError, match="serving.cache_tokens"):
+    with pytest.raises(ResourceError, match=r"serving\.cache_tokens"):
         Engine(loaded.model, loaded.tokenizer, max_batch_tokens=64, cache_tokens=8, max_batch_requests=8)
 
     async def huge() -> None:
         engine = Engine(loaded.model, loaded.tokenizer, max_batch_tokens=64, cache_tokens=10**12, max_batch_requests=8)
         await engine.start()
 
-    with pytest.raises(ResourceError, match="serving.cache_tokens"):
+    with pytest.raises(ResourceError, match=r"serving\.cache_tokens"):
         asyncio.run(huge())
 
 

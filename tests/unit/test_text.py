@@ -9,7 +9,14 @@ from heliostat.models import scratch
 from heliostat.serving.sampling import SamplingParams
 from heliostat.serving.text import Completion, Detokenizer, StopStrings
 
-TEXTS = ["hello world", "naïve café ☕️ — 日本語のテキスト", "👩‍👩‍👧‍👦 and 🏳️‍🌈!", "tabs\tand\n\nlines", "", " leading space"]
+TEXTS = [
+    "hello world",
+    "naïve café ☕️ — 日本語のテキスト",
+    "👩‍👩‍👧‍👦 and 🏳️‍🌈!",
+    "tabs\tand\n\nlines",
+    "",
+    " leading space",
+]
 
 
 @pytest.fixture(scope="module")

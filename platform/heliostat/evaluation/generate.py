@@ -1,11 +1,13 @@
 """Batched generation with `transformers.generate`. Knows token ids and decoding settings, not tasks or metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from heliostat.errors import DataError
 from heliostat.evaluation.config import GenerationSettings
 
 
@@ -31,30 +33,57 @@ def generate(
 ) -> list[list[int]]:
     """Continuations of token id prompts, in their order, without prompt, padding and end token.
 
-    Prompts of similar length share a batch, left-padded. `advance` is told how many prompts were finished.
+    A continuation has at most `config.max_new_tokens` tokens (default: that of GenerationSettings), and no more than the
+    model has positions left after the prompt. Prompts of similar length share a batch, left-padded. `advance` is told
+    how many prompts were finished.
+
+    Raises:
+        DataError: a prompt has no token, or leaves no position for a new one.
     """
     torch.manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    limits = _new_token_limits(model, prompts, config.max_new_tokens or GenerationSettings().max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        for index, tokens in zip(
-            batch, _generate_batch(model, [prompts[i] for i in batch], config, pad_token_id), strict=True
-        ):
+    for limit, batch in _batches(prompts, limits, batch_size):
+        changes = {"max_new_tokens": limit, "pad_token_id": pad_token_id}
+        limited = GenerationConfig.from_dict({**config.to_dict(), **changes})
+        for index, tokens in zip(batch, _generate_batch(model, [prompts[i] for i in batch], limited), strict=True):
             results[index] = tokens
         advance(len(batch))
     return results
 
 
-def _generate_batch(
-    model: Any, prompts: list[list[int]], config: GenerationConfig, pad_token_id: int
-) -> list[list[int]]:
+def _new_token_limits(model: Any, prompts: Sequence[list[int]], wanted: int) -> list[int]:
+    # Models without learned or rotary positions (state space models) have no such key, and no end.
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise DataError(f"prompt {number} of {len(prompts)} has no token to go on from")
+        if positions is not None and len(prompt) >= positions:
+            raise DataError(
+                f"prompt {number} of {len(prompts)} has {len(prompt)} tokens, which leaves none of the model's "
+                f"{positions} positions for an answer; shorten it"
+            )
+    return [wanted if positions is None else min(wanted, positions - len(prompt)) for prompt in prompts]
+
+
+def _batches(prompts: Sequence[list[int]], limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
+    """(new tokens, indices of prompts): only prompts of one limit share a batch, so none is cut for its neighbours."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for limit, group in groupby(order, key=lambda i: limits[i]):
+        indices = list(group)
+        yield from ((limit, indices[start : start + size]) for start in range(0, len(indices), size))
+
+
+def _generate_batch(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
     longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    padding = [longest - len(prompt) for prompt in prompts]
+    rows = [[config.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids, attention_mask=mask, generation_config=config, pad_token_id=pad_token_id
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
         )
     return [_until_end(row[longest:].tolist(), config) for row in output]
 

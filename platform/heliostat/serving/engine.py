@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from heliostat.errors import HeliostatError, ModelError, ResourceError
 from heliostat.serving.sampling import InvalidRequest, Sampler, SamplingParams
@@ -68,6 +69,7 @@ class Engine:
             num_blocks=cache_tokens // PAGE_TOKENS,
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=max_batch_requests,
+            scheduler_type=_Scheduler.__name__,
             # With flash attention allowed, transformers may download a kernel from the hub and run it.
             auto_switch_to_flash=False,
             # The sampler reads and writes tensors on the host between steps.
@@ -268,6 +270,24 @@ class Engine:
     async def _try_out(self, temperature: float) -> None:
         async for _ in self.generate([0], SamplingParams(max_tokens=1, temperature=temperature)):
             pass
+
+
+class _Scheduler(FIFOScheduler):  # type: ignore[misc]  # transformers is not typed
+    """First in, first out, also when requests leave by cancellation.
+
+    When the cache overflows, transformers puts requests back and admits none until one finishes. A cancellation frees
+    cache just as well, but is not counted: if all that still ran are cancelled, nothing is ever admitted again.
+    """
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Remove cancelled requests, and admit waiting ones again if there were any."""
+        cancelled: list[RequestState] = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+SCHEDULER_MAPPING[_Scheduler.__name__] = _Scheduler
 
 
 class _Router:

@@ -4,6 +4,7 @@ A parameter that is not honoured is refused by its name, unless its value asks f
 Forms: https://platform.openai.com/docs/api-reference (completions, chat, models, streaming, errors).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -47,6 +48,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # Labels for the caller's own bookkeeping: they change nothing about the answer.
 _IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
+_EMPTY_IN_ANSWERS = frozenset({"annotations", "audio", "function_call", "name", "refusal", "tool_calls"})
 
 
 class ApiError(HeliostatError):
@@ -92,6 +94,8 @@ class GenerationRequest(BaseModel):
     def _refuse_unsupported(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             raise PydanticCustomError("not_an_object", "the body must be a JSON object")
+        if not _is_unicode(values):
+            raise PydanticCustomError("not_unicode", "the body has half a surrogate pair, which is no character")
         for name in sorted(_UNSUPPORTED.keys() & values.keys()):
             if not _asks_for_nothing(values[name], _UNSUPPORTED[name]):
                 raise PydanticCustomError("unsupported_parameter", "`{param}` is not supported here", {"param": name})
@@ -175,6 +179,16 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart]
     name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: Any) -> Any:
+        """Clients send answers back as they got them, with fields that hold nothing."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value for name, value in values.items() if name not in _EMPTY_IN_ANSWERS or value not in (None, [])
+        }
+
     def as_template_input(self) -> dict[str, str]:
         """The form that chat templates know: one text, and `system` for OpenAI's newer `developer`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -202,6 +216,15 @@ class ChatCompletionRequest(GenerationRequest):
         """Tokens to generate at most: as asked, else the model's own default within the `room` left, else all of it."""
         asked = self.max_completion_tokens or self.max_tokens
         return asked or max(1, min(defaults.max_tokens or room, room))
+
+
+def _is_unicode(values: dict[str, Any]) -> bool:
+    """JSON can hold what no text can; tokenizers and UTF-8 answers would fail on it."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:

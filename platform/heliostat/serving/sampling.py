@@ -141,7 +141,7 @@ class Sampler:
     def prepare_tensor_args(
         self, requests_in_batch: Sequence[FutureRequestState], arg_storage: torch.Tensor
     ) -> torch.Tensor:
-        """Write the settings of the n requests that get a token into the first columns of `arg_storage`, (3, m) int32."""
+        """Write the settings of the requests that get a token into the first columns of `arg_storage`, (3, m) int32."""
         rows = [request.state.logit_processor_kwargs for request in requests_in_batch if request.has_new_token]
         for index, (name, dtype) in enumerate(_ROWS):
             values = torch.tensor([row[name] for row in rows], dtype=dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -54,12 +55,16 @@ def build(model: Any, training: TrainingConfig, *, total_steps: int) -> Any:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(model, training)
     num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    config = zero.deepspeed_config(training, num_parameters=num_parameters)
+    if zero.stage(training) == 0 and compute_dtype(training) == torch.float32:
+        _clip_before_steps(optimizer, trained, training.max_grad_norm)
+        config["gradient_clipping"] = 0.0
     built, *_ = deepspeed.initialize(
         model=model,
         model_parameters=trained,
         optimizer=optimizer,
         lr_scheduler=_scheduler(optimizer, training, total_steps),
-        config=zero.deepspeed_config(training, num_parameters=num_parameters),
+        config=config,
         dist_init_required=False,
     )
     built.train()
@@ -80,6 +85,17 @@ def _optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:
         eps=training.adam_epsilon,
         fused=torch.cuda.is_available(),
     )
+
+
+def _clip_before_steps(optimizer: torch.optim.Optimizer, parameters: list[Any], max_norm: float) -> None:
+    """Clip where DeepSpeed leaves the step to the plain optimizer: there it would clip, but not tell the norm."""
+
+    def clip(plain: Any, *_: object) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+        # Where the engine looks for `get_global_grad_norm`.
+        plain._global_grad_norm = norm
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def _dimensions(parameter: Any) -> int:

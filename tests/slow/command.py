@@ -1,0 +1,59 @@
+"""Run the `heliostat` command as a user does: a process of its own, its result from the last line of stdout."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    """Start a command with --json."""
+    command = [sys.executable, "-m", "heliostat.cli", *arguments, "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+
+
+def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """Wait for success and return the result."""
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stdout + stderr
+    assert "Traceback" not in stderr
+    result: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return result
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """Run a command that must succeed."""
+    return finish(start(*arguments))
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Wait until the condition holds, while the process lives."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def last_step(run_folder: Path) -> int:
+    """The newest step in the journal of a run."""
+    journal = run_folder / "metrics.jsonl"
+    lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def processes_below(pid: int, name: str = "") -> list[psutil.Process]:
+    """The living descendants of a process whose command line holds `name`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found

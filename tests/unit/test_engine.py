@@ -11,31 +11,18 @@ import pytest
 import torch
 
 from heliostat.errors import ModelError, ResourceError
-from heliostat.models import base, scratch
+from heliostat.models import base
 from heliostat.serving.engine import Engine, EngineFailed
 from heliostat.serving.sampling import InvalidRequest, SamplingParams
+from tests import tiny
 
 POSITIONS = 128
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
-    "llama": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 Loaded = base.InferenceModel
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=list(tiny.KEYS))
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A tiny random model; large initial weights make its choices far apart."""
-    tokenizer = scratch.train_tokenizer(["hello world"] * 2, 300, POSITIONS, chat=True)
-    keys = {**CONFIGS[request.param], "initializer_range": 0.3}
-    folder = scratch.write(tmp_path_factory.mktemp("model"), tokenizer, request.param, keys, POSITIONS)
-    return base.load_untrained(str(folder), seed=1)
+    return base.load_for_inference(str(tiny.write_model(tmp_path_factory.mktemp("model"), request.param)))
 
 
 def run(loaded: Loaded, test: Callable[[Engine], Awaitable[None]], **sizes: int) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from heliostat.models import scratch
 from heliostat.serving.sampling import SamplingParams
 from heliostat.serving.text import Completion, Detokenizer, StopStrings
+from tests import tiny
 
 TEXTS = [
     "hello world",
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return scratch.train_tokenizer(["hello world, hello there"] * 4, 300, 128, chat=True)
+    return tiny.tokenizer()
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -14,12 +14,18 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _session_state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing that fixtures or tests do reaches the user's runs, models or MLflow server."""
+    os.environ["HELIOSTAT_HOME"] = str(tmp_path_factory.mktemp("state"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing a test does reaches the user's runs, models or MLflow server."""
+    """Each test has a state folder of its own."""
     monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "state"))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import asyncio
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,37 +13,27 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from heliostat.errors import ConfigError, ModelError, RegistryError, ResourceError
 from heliostat.models import base, scratch
+from heliostat.registry import store, versions
 from heliostat.serving import launch
 from heliostat.serving.config import EndpointArgs, ServingConfig
 from heliostat.serving.endpoint import build
+from tests import tiny
+from tests.bundles import write_bundle
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-7f3a in the prompt"
 
 
 @pytest.fixture(scope="module")
-def endpoint_ray() -> Iterator[None]:
-    """Ray for this module."""
-    ray.init(num_cpus=4, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
-    yield
-    serve.shutdown()
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model that chats in ChatML."""
+    """A tiny random model with room for long completions."""
     folder = tmp_path_factory.mktemp("models") / "tiny-chat"
-    tokenizer = scratch.train_tokenizer(["hello world"] * 2, 300, 512, chat=True)
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
     keys = {"n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    scratch.write(folder, tokenizer, "gpt2", keys, 512)
+    scratch.write(folder, tiny.tokenizer(), "gpt2", keys, 512)
     model = base.load_untrained(str(folder), seed=1).model
     # Without an end token, a completion is as long as asked for.
     model.generation_config.eos_token_id = None
@@ -65,7 +53,7 @@ def config(**changes: Any) -> ServingConfig:
 
 
 @pytest.fixture(scope="module")
-def endpoint(endpoint_ray: None, model_folder: Path) -> Iterator[launch.Endpoint]:
+def endpoint(ray_cluster: Any, model_folder: Path) -> Iterator[launch.Endpoint]:
     running = launch.start(config(), str(model_folder))
     yield running
     running.stop()
@@ -176,3 +164,71 @@ def test_starting_twice_or_on_a_taken_port_is_refused(endpoint: launch.Endpoint,
     with pytest.raises(ResourceError, match="already"):
         launch.start(config(), str(model_folder))
     assert httpx2.get(f"{endpoint.url}/models").status_code == 200
+
+
+def test_what_cannot_be_served_is_told_before_anything_starts(ray_cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such"):
+        launch.start(config(), str(tmp_path / "nowhere"))
+    with pytest.raises(RegistryError, match="nobody"):
+        launch.start(config(), "models:/nobody@champion")
+    for host in ("0.0.0.0", "::", "example.org"):
+        with pytest.raises(ResourceError, match=r"serving\.host.*keys"):
+            launch.start(config(host=host), str(tmp_path))
+    with pytest.raises(ConfigError, match="model"):
+        build(EndpointArgs())
+
+
+@pytest.fixture
+def no_endpoint(ray_cluster: Any, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Serve is down; run these last, since they end the module's endpoint."""
+    serve.shutdown()
+    yield
+    assert not serve.status().applications
+    serve.shutdown()
+
+
+def test_a_model_that_fails_in_the_replica_is_one_clear_error(no_endpoint: None, tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "model")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    settings = config()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        launch.start(settings, str(folder))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", settings.port))
+
+
+def test_a_bundle_served_from_the_registry_answers_under_its_name(no_endpoint: None, tmp_path: Path) -> None:
+    run_id = store.client().create_run(store.experiment_id("serving")).info.run_id
+    versions.register(run_id, write_bundle(tmp_path / "model"), "greeter", {}, alias="champion")
+    running = launch.start(config(), "models:/greeter@champion")
+    client = openai.OpenAI(base_url=running.url, api_key="none", max_retries=0)
+    answer = client.completions.create(model="greeter", prompt="the big cat")
+    assert answer.usage is not None
+    # The bundle's own max_new_tokens, and its end token.
+    assert 1 <= answer.usage.completion_tokens <= 8
+    running.stop()
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+
+
+def test_the_serve_config_deploys(no_endpoint: None, ray_cluster: Any, model_folder: Path) -> None:
+    settings = yaml.safe_load((ROOT / "serve" / "local.yaml").read_text())
+    port = settings["http_options"]["port"] = free_port()
+    application = settings["applications"][0]
+    EndpointArgs(**application["args"])
+    application["args"].update(model=str(model_folder), num_cpus=0.5)
+    application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    dashboard = ray_cluster.get_runtime_context().gcs_address and ray_cluster._private.worker.get_dashboard_url()
+    ServeSubmissionClient(f"http://{dashboard}").deploy_applications(settings)
+    until(lambda: answers(f"http://127.0.0.1:{port}/health"))
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list().data] == ["tiny-chat"]
+    serve.shutdown()
+
+
+def answers(url: str) -> bool:
+    """Whether something healthy is there."""
+    try:
+        return bool(httpx2.get(url).status_code == 200)
+    except httpx2.TransportError:
+        return False

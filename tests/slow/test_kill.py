@@ -1,4 +1,4 @@
-"""A worker or the driver killed with SIGKILL in the middle: the run goes on and ends with the weights of an unbroken one."""
+"""A worker or the driver killed with SIGKILL in mid-run: the finished weights are those of an unbroken run."""
 
 import os
 import signal

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -74,9 +73,12 @@ def convert_gguf(path: Path) -> Path:
         plain.generation_config = model.generation_config
         plain.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
-        with contextlib.suppress(FileExistsError, OSError):
-            shutil.copytree(scratch, f"{target}.tmp{os.getpid()}")
-            os.rename(f"{target}.tmp{os.getpid()}", target)
+        os.chmod(scratch, 0o755)
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            if not target.exists():  # else another process was quicker, with the same weights
+                raise
     return target
 
 

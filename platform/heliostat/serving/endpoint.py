@@ -54,6 +54,10 @@ class Endpoint:
         if not self._served.engine.healthy:
             raise RuntimeError("the engine is down")
 
+    def in_flight(self) -> int:
+        """Generations that are waiting or running in this replica."""
+        return self._served.engine.in_flight
+
     def __del__(self) -> None:
         self._cleanup.close()
 

@@ -1,0 +1,98 @@
+"""The examples with a real pretrained model, on real data: what the README and the YAML files promise."""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.slow import command
+
+EXAMPLES = REPOSITORY / "jobs" / "examples"
+PORT = 18432
+pytestmark = pytest.mark.shared_data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One state folder for the module: the GGUF file is converted once, models stay registered between tests."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(autouse=True)
+def _use_state(_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIOSTAT_HOME", str(_state))
+
+
+def test_sms_spam_lora_beats_its_base(smollm2: str, shared_data: Path) -> None:
+    data = f"data.train={shared_data}/sms_spam/train.tsv"
+    config = str(EXAMPLES / "sms_spam" / "lora.yaml")
+    trained = command.run("train", config, data)
+    scores = command.run("evaluate", config, data, "--model", trained["model_uri"])
+    assert scores["n"] == 200
+    assert scores["exact_match"] >= 0.93
+    assert scores["baseline"]["exact_match"] < scores["exact_match"]
+
+
+@pytest.mark.parametrize("example", ["lora", "full_zero3"])
+def test_alpaca_is_served_as_it_was_trained(smollm2: str, shared_data: Path, example: str) -> None:
+    arguments = [f"data.train={shared_data}/alpaca/alpaca_train.json", "data.max_train_samples=48"]
+    trained = command.run("train", str(EXAMPLES / "alpaca" / f"{example}.yaml"), *arguments)
+    losses = validation_losses(Path(trained["run_folder"]))
+    assert losses[-1] < losses[0]
+    prompt = "### Instruction:\nName three primary colours.\n\n### Response:"
+    expected = generate_without_heliostat(Path(trained["bundle"]), prompt)
+    assert served(trained["model_uri"], prompt) == expected
+
+
+def test_text_from_scratch_loses_perplexity(shared_data: Path) -> None:
+    config = str(EXAMPLES / "tinyshakespeare" / "scratch.yaml")
+    trained = command.run(
+        "train", config, f"data.train={shared_data}/text/tinyshakespeare.txt", "training.max_steps=40",
+        "training.eval_steps=20",
+    )  # fmt: skip
+    losses = validation_losses(Path(trained["run_folder"]))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def validation_losses(run_folder: Path) -> list[float]:
+    """In the order of the steps; the first is before training."""
+    rows = [json.loads(line)["metrics"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["eval_loss"] for row in rows if "eval_loss" in row]
+
+
+def generate_without_heliostat(bundle: Path, prompt: str) -> str:
+    """Greedy text of the bundle by transformers alone: as it is, and for LoRA also merged by peft."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    model = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    output = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    if (bundle / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        merged = AutoPeftModelForCausalLM.from_pretrained(bundle, dtype=torch.float32).merge_and_unload().eval()
+        assert torch.equal(merged.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :], output)
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+def served(model: str, prompt: str) -> str:
+    """The same by the endpoint."""
+    process = command.start("serve", model, f"serving.port={PORT}", "serving.num_cpus=2")
+    try:
+        assert process.stdout is not None
+        up = json.loads(process.stdout.readline())
+        body = {"model": up["model"], "prompt": prompt, "max_tokens": 24, "temperature": 0}
+        request = urllib.request.Request(
+            f"{up['url']}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return str(json.load(response)["choices"][0]["text"])
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

@@ -234,7 +234,9 @@ def plain(folder: Path) -> Measurement:
     settings = Settings.load(folder)
     training, steps = _training(settings), settings.warmup + settings.steps
     model = base.new_model(str(folder / "model"), seed=SEED, dtype=torch.float32, attention="sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
     scheduler = get_scheduler(
         training.lr_scheduler_type, optimizer, round(training.warmup_ratio * steps), num_training_steps=steps
     )

@@ -77,7 +77,9 @@ def test_openais_client_completes_chats_and_streams(client: openai.OpenAI, model
     loaded = base.load_for_inference(str(model_folder))
     ids = loaded.tokenizer("hello", return_tensors="pt")
     expected = loaded.model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert whole.choices[0].text.rstrip("\ufffd") == loaded.tokenizer.decode(expected).rstrip("\ufffd")
+    assert whole.choices[0].text.rstrip("\ufffd") == loaded.tokenizer.decode(expected, skip_special_tokens=True).rstrip(
+        "\ufffd"
+    )
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 20
 
@@ -174,6 +176,8 @@ def test_what_cannot_be_served_is_told_before_anything_starts(ray_cluster: Any, 
     for host in ("0.0.0.0", "::", "example.org"):
         with pytest.raises(ResourceError, match=r"serving\.host.*keys"):
             launch.start(config(host=host), str(tmp_path))
+    with pytest.raises(ResourceError, match=r"serving\.num_replicas.*GPU"):
+        launch.start(config(num_gpus=1), str(tmp_path))
     with pytest.raises(ConfigError, match="model"):
         build(EndpointArgs())
 
@@ -218,7 +222,7 @@ def test_the_serve_config_deploys(no_endpoint: None, ray_cluster: Any, model_fol
     EndpointArgs(**application["args"])
     application["args"].update(model=str(model_folder), num_cpus=0.5)
     application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-    dashboard = ray_cluster.get_runtime_context().gcs_address and ray_cluster._private.worker.get_dashboard_url()
+    dashboard = ray_cluster._private.worker.get_dashboard_url()
     ServeSubmissionClient(f"http://{dashboard}").deploy_applications(settings)
     until(lambda: answers(f"http://127.0.0.1:{port}/health"))
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)

@@ -108,7 +108,8 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
     assert problem(file, "mode: slow\noptimizer:\n  epoch: 1\n  epochs: 1.5").splitlines() == [
         "a.yaml: `name` is missing",
         "a.yaml:1: `mode`: Input should be 'fast' or 'exact' (given: \"slow\")",
-        "a.yaml:4: `optimizer.epochs`: Input should be a valid integer, got a number with a fractional part (given: 1.5)",
+        "a.yaml:4: `optimizer.epochs`: Input should be a valid integer, got a number with a fractional part "
+        "(given: 1.5)",
         "a.yaml:3: unknown key `optimizer.epoch`; did you mean `optimizer.epochs`?",
     ]
 
@@ -256,7 +257,7 @@ def test_a_synonym_beside_its_canonical_key_is_refused(
     "given",
     [
         Whole(name="x"),
-        Whole(name="Größe – 数", mode="exact", optimizer=Optimizer(learning_rate=1e-7, betas=[], epochs=3)),
+        Whole(name="Größe 数", mode="exact", optimizer=Optimizer(learning_rate=1e-7, betas=[], epochs=3)),
         Whole(name="yes", data=Data(files=["1", "null", "a: b", "#x"], columns={"on": "off", "1e3": "~"})),
     ],
 )

@@ -1,4 +1,4 @@
-"""The whole configuration: its schema is true, every YAML in the repository loads, other tools' names are understood."""
+"""The whole configuration: its schema is true, every YAML here loads, other tools' names are understood."""
 
 import json
 from pathlib import Path

@@ -35,7 +35,7 @@ def test_a_file_of_an_installed_package_is_found(tmp_path: Path, monkeypatch: py
     (package / "weights.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     assert files.locate("package:some_model_package/weights.gguf") == package / "weights.gguf"
-    with pytest.raises(ModelError, match="the package `some_model_package` has no file `other.gguf`"):
+    with pytest.raises(ModelError, match=r"the package `some_model_package` has no file `other\.gguf`"):
         files.locate("package:some_model_package/other.gguf")
 
 

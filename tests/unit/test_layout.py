@@ -1,4 +1,4 @@
-"""The rules of the layout, read from the source: which way imports point, where Ray and MLflow live, how long code is."""
+"""The layout's rules, read from the source: which way imports point, where Ray and MLflow live, how long code is."""
 
 import ast
 import subprocess

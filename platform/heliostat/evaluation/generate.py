@@ -33,9 +33,9 @@ def generate(
 ) -> list[list[int]]:
     """Continuations of token id prompts, in their order, without prompt, padding and end token.
 
-    A continuation has at most `config.max_new_tokens` tokens (default: that of GenerationSettings), and no more than the
-    model has positions left after the prompt. Prompts of similar length share a batch, left-padded. `advance` is told
-    how many prompts were finished.
+    A continuation has at most `config.max_new_tokens` tokens (default: that of GenerationSettings), and no more than
+    the model has positions left after the prompt. Prompts of similar length share a batch, left-padded. `advance` is
+    told how many prompts were finished.
 
     Raises:
         DataError: a prompt has no token, or leaves no position for a new one.

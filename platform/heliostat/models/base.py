@@ -193,7 +193,7 @@ def _errors_named(source: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise ModelError(
             f"model `{source}`: cannot be loaded: {reason} "
             "(without internet, model.model_name_or_path must be a local folder, a GGUF file or an installed package)"

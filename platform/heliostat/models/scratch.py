@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import ByteLevelBPETokenizer
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
@@ -50,17 +51,19 @@ def write(folder: Path, tokenizer: Any, model_type: str, keys: dict[str, Any], m
         )
     config_class = CONFIG_MAPPING[model_type]
     _check_keys(config_class, model_type, keys)
-    special = {
+    owned = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": len(tokenizer),
     }
+    values = {"max_position_embeddings": max_length, **keys, **owned}
     try:
-        config = config_class(
-            **{"max_position_embeddings": max_length, **keys, **special, "vocab_size": len(tokenizer)}
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.scratch.config: {model_type} refuses it: {error}") from error
+        # By the architecture's own names (gpt2: n_positions): given under two, a value would count or not by chance.
+        config = config_class(**{config_class.attribute_map.get(key, key): value for key, value in values.items()})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.scratch.config: {model_type} refuses it: {reason}") from error
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

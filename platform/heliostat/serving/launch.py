@@ -4,6 +4,7 @@ Ray must be connected already (`heliostat.cluster.connect`).
 """
 
 import ipaddress
+import logging
 import re
 import socket
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ray import serve
 
-from heliostat import errors
+from heliostat import cluster, errors
 from heliostat.errors import HeliostatError, ResourceError
 from heliostat.models import base
 from heliostat.registry import versions
@@ -45,12 +46,14 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
     """Serve the model `reference` on this machine; returns when it answers requests.
 
     Raises:
-        ResourceError: the port is taken, the host is not this machine's own, or Serve is already running here.
+        ResourceError: the port is taken, the host is not this machine's own, the cluster is too small, or Serve already
+            runs applications on it.
         ModelError, RegistryError: the model does not exist, or cannot be loaded or run.
         HeliostatError: the endpoint did not start for another reason. Nothing is left running.
     """
     _check_host(config.host)
     _check_port(config.host, config.port)
+    cluster.require({"CPU": config.num_cpus, "GPU": config.num_gpus}, config.num_replicas, "serving.num_replicas")
     resolved = versions.resolve(reference)
     source = base.resolve(resolved.path)
     name = model_id or config.model_id or resolved.name or (Path(source).name if Path(source).is_dir() else source)
@@ -69,11 +72,14 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
 
 
 def _deploy(args: EndpointArgs, host: str, port: int) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
     try:
         serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
-    except RuntimeError as error:
-        raise _real_error(str(error)) from None
+    except RuntimeError:
+        application = serve.status().applications[APPLICATION]
+        reports = [deployment.message for deployment in application.deployments.values()]
+        raise _real_error("\n".join([application.message, *reports])) from None
 
 
 def _real_error(report: str) -> HeliostatError:

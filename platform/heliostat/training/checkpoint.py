@@ -53,12 +53,8 @@ def load(engine: Any, folder: Path, *, rank: int, trained_only: bool) -> dict[st
 
 def newest(root: Path, world_size: int) -> Path | None:
     """The newest whole checkpoint below `root` that `world_size` workers can go on from."""
-    found = [
-        (int(match[1]), folder.stat().st_mtime, folder)
-        for folder in root.glob("*/step_*")
-        if (match := _NAME.fullmatch(folder.name)) and int(match[2]) == world_size
-    ]
-    return next((folder for *_, folder in sorted(found, reverse=True) if is_whole(folder, world_size)), None)
+    fitting = [folder for folder, workers in reversed(_oldest_first(root)) if workers == world_size]
+    return next((folder for folder in fitting if is_whole(folder, world_size)), None)
 
 
 def is_whole(folder: Path, world_size: int) -> bool:
@@ -71,10 +67,21 @@ def is_whole(folder: Path, world_size: int) -> bool:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints below `root`."""
-    folders = sorted(root.glob("*/step_*"), key=lambda folder: (folder.name, folder.stat().st_mtime))
-    for folder in folders[:-keep]:
+    """Delete all but the `keep` newest checkpoints below `root`; those that were never finished go first."""
+    found = sorted(_oldest_first(root), key=lambda checkpoint: _is_finished(*checkpoint))
+    for folder, _ in found[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _oldest_first(root: Path) -> list[tuple[Path, int]]:
+    """(folder, number of workers) of the checkpoints below `root`, by step and then by time."""
+    named = [(folder, match) for folder in root.glob("*/step_*") if (match := _NAME.fullmatch(folder.name))]
+    named.sort(key=lambda found: (int(found[1][1]), found[0].stat().st_mtime))
+    return [(folder, int(match[2])) for folder, match in named]
+
+
+def _is_finished(folder: Path, world_size: int) -> bool:
+    return all((folder / f"manifest_{rank}.json").exists() for rank in range(world_size))
 
 
 def _matches(path: Path, size: int, digest: str) -> bool:

@@ -27,6 +27,9 @@ deepspeed.utils.logger.setLevel(logging.ERROR)
 # The shared-memory all-reduce for CPUs is compiled at first use (about 50 s, needs a compiler); gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# Logits that a CPU handles at a time in the loss: 1 MiB in fp32 stays in its cache. GPUs have a kernel of their own.
+_CACHED_LOGITS = 2**18
+
 
 def compute_dtype(training: TrainingConfig) -> torch.dtype:
     """The dtype of weights in forward and backward; DeepSpeed keeps fp32 master weights beside 16-bit ones."""
@@ -51,7 +54,8 @@ def build(model: Any, training: TrainingConfig, *, total_steps: int) -> Any:
     """The DeepSpeed engine around `model`, in an already initialised process group."""
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    install_chunked_causal_lm_loss(model)
+    vocab_size = model.config.get_text_config().vocab_size
+    install_chunked_causal_lm_loss(model, block_rows=max(1, _CACHED_LOGITS // vocab_size))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(model, training)
     num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
@@ -72,7 +76,7 @@ def build(model: Any, training: TrainingConfig, *, total_steps: int) -> Any:
 
 
 def _optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW; biases and norms (vectors) are not decayed, as usual since GPT-2."""
+    """Fused AdamW; biases and norms (vectors) are not decayed, as usual since GPT-2."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": training.weight_decay},
@@ -83,7 +87,7 @@ def _optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
 
 

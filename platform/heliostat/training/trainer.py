@@ -1,7 +1,9 @@
 """The driver of a training run: configuration in, registered bundle out. Knows the order of things, not the things."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from heliostat.errors import ConfigError, HeliostatError, TrainingError, UserErr
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
 from heliostat.training import bundling, checkpoint, runs, setup
+from heliostat.training.config import TrainingConfig
 from heliostat.training.progress import ProgressBar
 from heliostat.training.runs import Run
-from heliostat.training.setup import Plan
 from heliostat.training.worker import LocalSession, Worker, WorkerSpec
 
 
@@ -51,7 +53,7 @@ def train(config: ExperimentConfig, console: Console) -> TrainResult:
     try:
         return _train(config, run, console)
     except UserError:
-        if not run.resumed:
+        if not (run.folder / "metrics.jsonl").exists():
             shutil.rmtree(run.folder)
         raise
     finally:
@@ -73,17 +75,29 @@ def _train(config: ExperimentConfig, run: Run, console: Console) -> TrainResult:
     console.print(f"{'going on with' if run.resumed else 'run'} {run.folder}", highlight=False)
     console.print(str(plan), highlight=False)
     tracker = _tracker(config, run, prepared.manifest)
-    tracker.start()
-    try:
-        if run.status == "running":
-            _run_workers(plan.spec, console)
-            run.set_status("trained")
-        lineage = bundling.lineage(_config_hash(config), prepared.manifest["data_sha256"], run.name)
-        bundle = bundling.write(config, run.folder, source, prepared.splits["train"], lineage)
-    except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience=5)
-        raise
-    return _publish(config, run, plan, bundle, tracker.finish(), prepared.manifest, lineage)
+    with _workers_place(run, config.training):
+        tracker.start()
+        try:
+            if run.status == "running":
+                _run_workers(plan.spec, console)
+                run.set_status("trained")
+            lineage = bundling.lineage(_config_hash(config), prepared.manifest["data_sha256"], run.name)
+            bundle = bundling.write(config, run.folder, source, prepared.splits["train"], lineage)
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience=5)
+            raise
+    return _publish(config, run, bundle, tracker.finish(), prepared.manifest, lineage)
+
+
+@contextlib.contextmanager
+def _workers_place(run: Run, training: TrainingConfig) -> Iterator[None]:
+    """Connected to a Ray cluster that has room for the workers, if any are to run there."""
+    if training.num_workers == 0 or run.status != "running":
+        yield
+        return
+    with cluster.connected():
+        cluster.require(training.ray_resources(), training.num_workers, "training.num_workers")
+        yield
 
 
 def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared, tokenizer: Any) -> None:
@@ -112,8 +126,7 @@ def _run_workers(spec: WorkerSpec, console: Console) -> None:
         if spec.training.num_workers == 0:
             Worker(spec, LocalSession(spec.checkpoints, spec.training.save_total_limit)).run()
         else:
-            with cluster.connected():
-                _run_on_ray(spec)
+            _run_on_ray(spec)
     checkpoint.prune(spec.checkpoints, spec.training.save_total_limit)
 
 
@@ -124,7 +137,6 @@ def _run_on_ray(spec: WorkerSpec) -> None:
     from heliostat.training import ray_worker
 
     training = spec.training
-    cluster.require(training.ray_resources(), training.num_workers, "training.num_workers")
     trainer = TorchTrainer(
         ray_worker.train,
         train_loop_config={"spec": spec},
@@ -168,7 +180,6 @@ def _first_cause(error: Exception) -> str:
 def _publish(
     config: ExperimentConfig,
     run: Run,
-    plan: Plan,
     bundle: Path,
     run_id: str | None,
     manifest: dict[str, Any],

@@ -25,7 +25,7 @@ from heliostat.models import adapters, base
 from heliostat.models.config import AdapterConfig
 from heliostat.training import checkpoint, engine, order
 from heliostat.training.config import TrainingConfig
-from heliostat.training.objectives import causal_lm_loss
+from heliostat.training.objectives import causal_lm_loss, learned_positions
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LocalSession:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
     def report(self, folder: Path, metrics: dict[str, float]) -> None:
         """Delete what is older than the newest checkpoints."""
@@ -190,7 +190,7 @@ class Worker:
 
     def _batch(self, indices: Any) -> dict[str, Tensor]:
         rows = [self.train_rows.row(i) for i in indices]
-        return self._to_device(collate(rows, self.spec.pad_token_id, flatten=self.flatten))
+        return self._to_device(learned_positions(collate(rows, self.spec.pad_token_id, flatten=self.flatten)))
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.session.device
@@ -230,11 +230,10 @@ class Worker:
         assert rows is not None
         size = self.training.per_device_eval_batch_size
         for indices in order.evaluation_batches(len(rows), self.session.rank, self.session.world_size, size):
-            batch = self._to_device(
-                collate([rows.row(max(i, 0)) for i in indices], self.spec.pad_token_id, flatten=False)
-            )
+            padded = [rows.row(max(i, 0)) for i in indices]
+            batch: dict[str, Any] = collate(padded, self.spec.pad_token_id, flatten=False)
             batch["labels"][torch.as_tensor(indices < 0)] = IGNORED
-            yield batch
+            yield self._to_device(learned_positions(batch))
 
     def _save(self) -> None:
         session, progress = self.session, self.progress

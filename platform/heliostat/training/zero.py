@@ -82,7 +82,7 @@ def _user_file(training: TrainingConfig) -> dict[str, Any]:
                 f"{training.deepspeed}: `{key}` is {theirs}, but the YAML's training section says {ours}; drop it"
             )
     _check_optimizer(training, config.pop("optimizer", {}))
-    if set(config.pop("scheduler", {}).get("params", {}).values()) - {"auto"}:
+    if any(value != "auto" for value in config.pop("scheduler", {}).get("params", {}).values()):
         raise ConfigError(
             f"{training.deepspeed}: `scheduler` is set by training.lr_scheduler_type and warmup_*; drop it"
         )
@@ -100,9 +100,7 @@ def _check_optimizer(training: TrainingConfig, optimizer: dict[str, Any]) -> Non
     }
     for key, value in ours.items():
         if optimizer.get("params", {}).get(key, "auto") not in ("auto", value):
-            raise ConfigError(
-                f"{training.deepspeed}: `optimizer.params.{key}` contradicts the YAML ({value}); drop it"
-            )
+            raise ConfigError(f"{training.deepspeed}: `optimizer.params.{key}` contradicts the YAML ({value}); drop it")
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -116,4 +114,13 @@ def _read_json(path: str) -> dict[str, Any]:
         raise ConfigError(f"training.deepspeed: {path}: is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"training.deepspeed: {path}: must be a JSON object")
+    for key in ("zero_optimization", "optimizer", "scheduler"):
+        _object(_object(content, key, path), "params", path)
     return content
+
+
+def _object(content: dict[str, Any], key: str, path: str) -> dict[str, Any]:
+    value = content.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"training.deepspeed: {path}: `{key}` must be a JSON object")
+    return value

@@ -1,0 +1,95 @@
+"""A prompt from the command line reaches the model in the form it was trained on."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heliostat.data.config import DataConfig
+from heliostat.data.formats import chat_template, prompt_of
+from heliostat.data.records import Row
+from heliostat.data.tokens import DocumentEncoder
+from heliostat.errors import ConfigError, DataError
+from heliostat.evaluation import completion
+from heliostat.models import base
+from heliostat.models.base import InferenceModel
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> InferenceModel:
+    folder: Path = tiny.write_model(tmp_path_factory.mktemp("completion") / "model", "gpt2")
+    return base.load_for_inference(str(folder))
+
+
+def trained_as(loaded: InferenceModel, **manifest: Any) -> InferenceModel:
+    return replace(loaded, manifest={"prompt_template": None, **manifest})
+
+
+def prompt_in_training(loaded: InferenceModel, data: DataConfig, fields: dict[str, Any]) -> list[int]:
+    row = Row(fields, "x:1")
+    text, _ = prompt_of(row, data, chat_template(loaded.tokenizer, data))
+    (ids,) = DocumentEncoder(loaded.tokenizer, data).prompts([text])
+    return ids
+
+
+@pytest.mark.parametrize("template", [None, "{prompt}\n", "Q: {prompt} A:"])
+def test_prompts_are_tokenised_as_in_training(loaded: InferenceModel, template: str | None) -> None:
+    data = DataConfig(format="prompt_completion", prompt_template=template)
+    expected = prompt_in_training(loaded, data, {"prompt": "the red cat", "completion": "x"})
+    asked = trained_as(loaded, format="prompt_completion", prompt_template=template)
+    assert completion.encode_prompt(asked, "the red cat") == expected
+
+
+def test_chats_are_tokenised_as_in_training(loaded: InferenceModel) -> None:
+    messages = [{"role": "user", "content": "the red cat"}, {"role": "assistant", "content": "x"}]
+    expected = prompt_in_training(loaded, DataConfig(format="chat"), {"messages": messages})
+    assert completion.encode_prompt(trained_as(loaded, format="chat"), "the red cat") == expected
+    assert completion.encode_prompt(loaded, "the red cat") == expected, "a model with a template that is no bundle"
+    plain = trained_as(loaded, format="prompt_completion")
+    assert completion.encode_prompt(plain, "the red cat") != expected
+
+
+def test_text_that_looks_like_a_special_token_stays_text(loaded: InferenceModel) -> None:
+    ids = completion.encode_prompt(trained_as(loaded, format="text"), "a<|endoftext|>b")
+    assert loaded.tokenizer.eos_token_id not in ids
+    assert loaded.tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_an_empty_prompt_is_refused(loaded: InferenceModel) -> None:
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        completion.encode_prompt(trained_as(loaded, format="text"), "")
+
+
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        (None, "x{y}"),
+        ("{prompt}\n", "x{y}\n"),
+        ("{{literal}} {text}:", "{literal} x{y}:"),
+        ("{a} and {b}", "x{y}"),
+        ("no gap", "x{y}"),
+    ],
+)
+def test_a_template_with_one_gap_is_filled(template: str | None, filled: str) -> None:
+    assert completion.fill(template, "x{y}") == filled
+
+
+def test_answers_come_in_order_by_the_models_defaults_and_settings_over_them(loaded: InferenceModel) -> None:
+    model = copy.deepcopy(loaded.model)
+    model.generation_config.max_new_tokens = 3
+    asked = replace(trained_as(loaded, format="text"), model=model)
+    prompts = ["the red cat goes to the house", "old", "the big dog goes"]
+    outputs = completion.complete(asked, prompts, {}, batch_size=2)
+    assert outputs == [completion.complete(asked, [prompt], {})[0] for prompt in prompts]
+    longer = completion.complete(asked, prompts, {"max_new_tokens": 6})
+    assert all(whole.startswith(start) for start, whole in zip(outputs, longer, strict=True))
+    counts = [len(loaded.tokenizer(text)["input_ids"]) for text in longer]
+    assert max(counts) > 3
+
+
+def test_a_prompt_longer_than_the_model_is_refused(loaded: InferenceModel) -> None:
+    with pytest.raises(DataError, match=r"leaves none of the model's 128 positions for an answer"):
+        completion.complete(trained_as(loaded, format="text"), ["the red cat " * 100], {})

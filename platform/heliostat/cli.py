@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from heliostat import __version__
 from heliostat.errors import ConfigError, HeliostatError
@@ -53,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage(arguments: list[str], verb: str | None) -> int:
     if "--version" in arguments:
-        print(f"heliostat {__version__}")
+        _print(f"heliostat {__version__}", sys.stdout)
         return 0
-    print("usage: heliostat COMMAND [CONFIG] [key.sub=value ...] [--json]\n\ncommands:")
-    for name, command in COMMANDS.items():
-        print(f"  {name:<12} {command.help}")
-    print("\n`heliostat COMMAND --help` tells more.")
+    table = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
+    _print(
+        f"usage: heliostat COMMAND [CONFIG] [key.sub=value ...] [--json]\n\ncommands:\n{table}\n\n"
+        "`heliostat COMMAND --help` tells more.",
+        sys.stdout,
+    )
     if verb is not None:
         print(f"\nerror: there is no command `{verb}`", file=sys.stderr)
     return 0 if verb is None else 2
@@ -80,7 +82,7 @@ def _run(command: Command, options: argparse.Namespace) -> int:
 
     def emit(result: Result) -> None:
         text = json.dumps(result, default=str) if options.json else command.show(result)
-        print(text, file=stdout, flush=True)
+        _print(text, stdout)
 
     stdout, options.emit = sys.stdout, emit
     try:
@@ -89,10 +91,6 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         if result is not None:
             emit(result)
         return 0
-    except BrokenPipeError:
-        # Whoever read our output is gone (`| head`); the interpreter must not complain about it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -105,8 +103,16 @@ def _run(command: Command, options: argparse.Namespace) -> int:
             message += " (--debug shows the traceback)"
         print(f"error: {message}", file=sys.stderr)
         if options.json:
-            print(json.dumps({"error": message, "exit_code": code}), file=stdout)
+            _print(json.dumps({"error": message, "exit_code": code}), stdout)
         return code
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print at once. If whoever read our output is gone (`| head`), that and the rest goes nowhere, without a word."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _console() -> "Console":
@@ -342,9 +348,7 @@ COMMANDS: dict[str, Command] = {
 
 def entry() -> None:
     """The `heliostat` command."""
-    code = main()
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(main())
 
 
 if __name__ == "__main__":

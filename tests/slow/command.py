@@ -57,3 +57,8 @@ def processes_below(pid: int, name: str = "") -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended within a minute."""
+    return list(psutil.wait_procs(processes, timeout=60)[1])

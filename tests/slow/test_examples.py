@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import readme
 from tests.conftest import REPOSITORY
 from tests.slow import command
 
@@ -27,14 +28,21 @@ def _use_state(_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELIOSTAT_HOME", str(_state))
 
 
-def test_sms_spam_lora_beats_its_base(smollm2: str, shared_data: Path) -> None:
-    data = f"data.train={shared_data}/sms_spam/train.tsv"
-    config = str(EXAMPLES / "sms_spam" / "lora.yaml")
-    trained = command.run("train", config, data)
-    scores = command.run("evaluate", config, data, "--model", trained["model_uri"])
+def test_readme_trains_scores_promotes_and_serves(smollm2: str, shared_data: Path) -> None:
+    data = str(shared_data / "sms_spam" / "train.tsv")
+    steps = [
+        [argument.replace("SMSSpamCollection.tsv", data) for argument in arguments]
+        for arguments in readme.commands("Train your own")
+    ]
+    assert [step[0] for step in steps] == ["train", "evaluate", "promote", "serve"]
+    trained = command.run(*steps[0])
+    scores = command.run(*steps[1])
     assert scores["n"] == 200
     assert scores["exact_match"] >= 0.93
     assert scores["baseline"]["exact_match"] < scores["exact_match"]
+    assert command.run(*steps[2])["version"] == trained["version"]
+    spam = "Message: WINNER!! You have won a free prize, call 09061701461 now to claim\nSpam or ham?"
+    assert served(steps[3][1], spam, max_tokens=4).strip() == "spam"
 
 
 @pytest.mark.parametrize("example", ["lora", "full_zero3"])
@@ -81,13 +89,13 @@ def generate_without_heliostat(bundle: Path, prompt: str) -> str:
     return str(tokenizer.decode(output, skip_special_tokens=True))
 
 
-def served(model: str, prompt: str) -> str:
+def served(model: str, prompt: str, max_tokens: int = 24) -> str:
     """The same by the endpoint."""
     process = command.start("serve", model, f"serving.port={PORT}", "serving.num_cpus=2")
     try:
         assert process.stdout is not None
         up = json.loads(process.stdout.readline())
-        body = {"model": up["model"], "prompt": prompt, "max_tokens": 24, "temperature": 0}
+        body = {"model": up["model"], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         request = urllib.request.Request(
             f"{up['url']}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )

@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from heliostat.models import bundle
@@ -63,8 +62,7 @@ def test_killed_driver(arguments: list[str], unbroken: str, tmp_path: Path) -> N
     below = command.processes_below(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    _, alive = psutil.wait_procs(below, timeout=60)
-    assert alive == []
+    assert command.still_alive(below) == []
     result = command.run(*arguments, f"storage_path={tmp_path}", "registry.register_model=false", "resume=must")
     assert restarts(tmp_path) == 1
     assert weights_hash(result) == unbroken

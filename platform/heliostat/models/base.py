@@ -39,7 +39,8 @@ class InferenceModel:
 
 
 def resolve(reference: str) -> str:
-    """A folder or hub name that transformers can load: packages are looked up and GGUF files converted (once).
+    """A folder or hub name that transformers can load: packages are looked up, GGUF files converted (once), bundles
+    verified.
 
     Raises:
         ModelError: it does not exist, or is not to be trusted.
@@ -54,6 +55,8 @@ def resolve(reference: str) -> str:
     if not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
         raise ModelError(f"model `{reference}`: the folder has no config.json, so it is not a model folder")
     files.refuse_unsafe(place)
+    if (place / bundle.MANIFEST).exists():
+        bundle.verify(place)
     return str(place)
 
 
@@ -149,7 +152,7 @@ def load_for_inference(reference: str, *, device: str = "cpu", dtype: str | None
     """
     source = resolve(reference)
     folder = Path(source)
-    manifest = bundle.verify(folder) if (folder / bundle.MANIFEST).exists() else None
+    manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).exists() else None
     kind: Any = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
     tokenizer = load_tokenizer(source)
     if (folder / "adapter_config.json").exists():

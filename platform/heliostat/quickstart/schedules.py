@@ -21,7 +21,7 @@ from heliostat.quickstart.phrases import MONTH_INTERVALS, parts
 
 Split = Literal["train", "validation", "test"]
 
-ROWS_PER_FAMILY: dict[Split, int] = {"train": 1000, "validation": 25, "test": 50}
+ROWS_PER_FAMILY: dict[Split, int] = {"train": 2000, "validation": 25, "test": 50}
 MAX_PROMPT_LENGTH = 60
 UNSEEN_PHRASE = ("every weekday at 9:30", "30 9 * * 1-5")
 """A phrase and its cron line, which for every seed is in the test split only."""

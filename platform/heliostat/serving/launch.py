@@ -3,6 +3,8 @@
 Ray must be connected already (`heliostat.cluster.connect`).
 """
 
+import contextlib
+import io
 import ipaddress
 import logging
 import re
@@ -39,7 +41,9 @@ class Endpoint:
 
     def stop(self) -> None:
         """Shut the endpoint and Ray Serve down."""
-        serve.shutdown()
+        # Serve's controller ends itself in answering, which Ray prints as an error.
+        with contextlib.redirect_stdout(io.StringIO()):
+            serve.shutdown()
 
 
 def start(config: ServingConfig, reference: str, *, model_id: str | None = None) -> Endpoint:

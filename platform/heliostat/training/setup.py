@@ -13,6 +13,7 @@ from heliostat.data.tokens import TokenDataset
 from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, scratch
+from heliostat.registry import versions
 from heliostat.training import order, zero
 from heliostat.training.runs import Run
 from heliostat.training.worker import WorkerSpec
@@ -50,14 +51,10 @@ def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Sour
     """Look up the model; or train a tokenizer on the training `rows` and write a new model's config to `folder`.
 
     Raises:
-        ModelError: the model cannot be found, loaded or trusted.
-        ConfigError: the new model's config, or data.max_length, does not fit.
+        ModelError, RegistryError: the model cannot be found, loaded or trusted.
+        ConfigError: the model is only an adapter; or the new model's config, or data.max_length, does not fit.
     """
-    path = (
-        _new_source(config, rows, folder)
-        if config.model.scratch
-        else base.resolve(config.model.model_name_or_path or "")
-    )
+    path = _new_source(config, rows, folder) if config.model.scratch else _existing_source(config)
     tokenizer = base.load_tokenizer(path, config.model.revision)
     new_chat = config.model.scratch is not None and config.data.format == "chat"
     _set_chat_template(tokenizer, config.model.chat_template or ("chatml" if new_chat else None))
@@ -77,6 +74,17 @@ def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
         tokenizer = scratch.train_tokenizer(_texts(rows, data), new.vocab_size, data.max_length, chat=chat)
         scratch.write(folder, tokenizer, new.model_type, new.config, data.max_length)
     return str(folder)
+
+
+def _existing_source(config: ExperimentConfig) -> str:
+    reference = config.model.model_name_or_path or ""
+    path = base.resolve(versions.resolve(reference).path)
+    if (Path(path) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model.model_name_or_path: {reference} holds an adapter and no whole model; name its base model, or train "
+            "the adapter again with adapter.merge: true"
+        )
+    return path
 
 
 def _texts(rows: list[Row], data: DataConfig) -> Iterator[str]:

@@ -102,7 +102,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{path}:{line}: is not valid YAML: character #x{error.character:04x} is not allowed") from error
+        raise ConfigError(
+            f"{path}:{line}: is not valid YAML: character #x{error.character:04x} is not allowed"
+        ) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: is not valid YAML: {error.problem}") from error

@@ -50,8 +50,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["training.num_workers=5"], "training.num_workers=5 needs 5 CPU, but the cluster has 4; lower "
          "training.num_workers, or join a larger cluster with RAY_ADDRESS"),
-        (["training.num_workers=2", "training.resources_per_worker={CPU: 3}"], "training.num_workers=2 needs 6 CPU, but "
-         "the cluster has 4"),
+        (["training.num_workers=2", "training.resources_per_worker={CPU: 3}"], "training.num_workers=2 needs 6 CPU, "
+         "but the cluster has 4"),
         (["training.use_gpu=true", "training.resources_per_worker={CPU: 1, GPU: 1000}"], "training.num_workers=1 needs "
          "1000 GPU, but the cluster has "),
         (["training.resources_per_worker={TPU: 1}"], "training.num_workers=1 needs 1 TPU, but the cluster has 0"),

@@ -91,7 +91,8 @@ def test_a_config_that_is_not_there(experiment: Experiment) -> None:
          "you mean `data.train`?"),
         ("name: x\nmodel: {model_name_or_path: m}\ndata: {train: a}\ntraining:\n  num_workers: two\n",
          "config.yaml:5: `training.num_workers`: Input should be a valid integer"),
-        ("name: x\nmodel: {model_name_or_path: m}\ndata: {train: a}\nname: y\n", "config.yaml:4: `name` is given twice"),
+        ("name: x\nmodel: {model_name_or_path: m}\ndata: {train: a}\nname: y\n", "config.yaml:4: `name` is given "
+         "twice (first on line 1)"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_wrong(text: str, message: str, experiment: Experiment) -> None:
@@ -167,8 +168,8 @@ def test_a_sample_longer_than_the_block_says_what_to_do(experiment: Experiment) 
         (["model.model_name_or_path=models:/nobody@champion"], "no model `nobody` in the registry"),
         (["model.chat_template=gone.jinja"], "model.chat_template: `gone.jinja` is neither"),
         (["model.model_name_or_path=null", "model.scratch.model_type=gpt0"], "transformers has no architecture `gpt0`"),
-        (["model.model_name_or_path=null", "model.scratch.config.n_heads=2"], "model.scratch.config.n_heads: gpt2 has no "
-         "such key; it has "),
+        (["model.model_name_or_path=null", "model.scratch.config.n_heads=2"], "model.scratch.config.n_heads: gpt2 has "
+         "no such key; it has "),
         (["adapter.method=lora", "adapter.lora_target_modules=[q_projection]"], "adapter.lora_target_modules: "),
         (["model.attn_implementation=fast"], "cannot be loaded: "),
         (["storage_path=/proc/nowhere"], "storage_path: /proc/nowhere/x-0001 cannot be created"),
@@ -183,9 +184,7 @@ def test_a_deepspeed_file_that_contradicts_the_yaml(experiment: Experiment) -> N
     file = experiment.folder / "ds.json"
     file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 16}))
     text = experiment.refused(f"training.deepspeed={file}")
-    assert text == (
-        f"{file}: `train_micro_batch_size_per_gpu` is 16, but the YAML's training section says 2; drop it"
-    )
+    assert text == (f"{file}: `train_micro_batch_size_per_gpu` is 16, but the YAML's training section says 2; drop it")
 
 
 def pickled(folder: Path) -> str:

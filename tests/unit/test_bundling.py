@@ -47,7 +47,12 @@ def config(model: Path | str, **sections: Any) -> ExperimentConfig:
         {
             "name": "x",
             "model": {"model_name_or_path": str(model), "revision": "main"},
-            "data": {"train": "x.jsonl", "format": "prompt_completion", "prompt_template": "{prompt}:", "max_length": 64},
+            "data": {
+                "train": "x.jsonl",
+                "format": "prompt_completion",
+                "prompt_template": "{prompt}:",
+                "max_length": 64,
+            },
             **sections,
         }
     )
@@ -145,7 +150,9 @@ def dataset(*documents: list[int]) -> TokenDataset:
         ([[5, 6], [7, 6], [8, END]], [END]),
     ],
 )
-def test_generation_stops_at_the_end_token_and_at_the_end_of_a_turn(documents: list[list[int]], stops: list[int]) -> None:
+def test_generation_stops_at_the_end_token_and_at_the_end_of_a_turn(
+    documents: list[list[int]], stops: list[int]
+) -> None:
     """An ordinary token that many (cut) documents end with is no stop."""
     assert bundling.stop_token_ids(dataset(*documents), tiny.tokenizer()) == stops
 
@@ -154,7 +161,9 @@ def test_lineage_names_everything_the_model_came_from() -> None:
     made = bundling.lineage("config", "data", "x-0001")
     assert (made["config_hash"], made["data_hash"], made["run"]) == ("config", "data", "x-0001")
     assert set(made["packages"]) == {"torch", "transformers", "deepspeed", "peft", "ray"}
-    assert made["packages"]["torch"] == torch.__version__.split("+")[0] or made["packages"]["torch"] == torch.__version__
+    assert (
+        made["packages"]["torch"] == torch.__version__.split("+")[0] or made["packages"]["torch"] == torch.__version__
+    )
     json.dumps(made)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint counts only if it is whole: any missing, shortened or changed file makes the one before it the newest."""
+"""A checkpoint counts only if it is whole: a missing, shortened or changed file makes the one before it the newest."""
 
 import json
 import os

@@ -62,9 +62,7 @@ data:
 
 def test_values_of_all_sections_are_read_and_others_have_defaults(file: Path) -> None:
     read = load(file, GOOD)
-    assert read == Whole(
-        name="x", optimizer=Optimizer(learning_rate=0.0001), data=Data(files=["a.jsonl", "b.jsonl"])
-    )
+    assert read == Whole(name="x", optimizer=Optimizer(learning_rate=0.0001), data=Data(files=["a.jsonl", "b.jsonl"]))
     assert (read.mode, read.optimizer.epochs) == ("fast", 1)
 
 

@@ -26,7 +26,7 @@ CHATS = DataConfig(format="chat", max_length=64)
 TEXTS = DataConfig(format="text", max_length=64)
 ANSWERS = ("red river", "the big dog", "house", "old cat goes", "market at 3", "o'clock", "man", "2 big rivers")
 ROWS = [
-    Row({"prompt": f"{number} {tiny.TEXTS[number]}", "completion": f" {answer}", "kind": "even odd".split()[number % 2]},
+    Row({"prompt": f"{number} {tiny.TEXTS[number]}", "completion": f" {answer}", "kind": ["even", "odd"][number % 2]},
         f"rows.jsonl:{number + 1}")
     for number, answer in enumerate(ANSWERS)
 ]  # fmt: skip
@@ -152,7 +152,9 @@ def test_without_settings_the_models_own_defaults_decode(trained: InferenceModel
 
 
 def test_a_group_that_no_row_has_is_named(trained: InferenceModel) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: evaluation\.group_by: has no column `family`; it has prompt, "):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: evaluation\.group_by: has no column `family`; it has prompt, "
+    ):
         scores(trained, group_by="family")
 
 

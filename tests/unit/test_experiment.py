@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -105,9 +105,7 @@ output_dir: saves
 
 
 @pytest.mark.parametrize("text", [LLAMA_FACTORY, AXOLOTL], ids=["LLaMA-Factory", "axolotl"])
-def test_files_of_other_tools_are_understood(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_other_tools_are_understood(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load(tmp_path, text)
     assert loaded.model.model_name_or_path == "/models/llama"
     assert (loaded.adapter.method, loaded.adapter.lora_r, loaded.adapter.lora_target_modules) == ("lora", 8, "q_proj")
@@ -139,7 +137,7 @@ def test_each_synonym_beside_its_key_is_refused(synonym: str, tmp_path: Path) ->
         (["model.model_name_or_path=null"], "`model`: give exactly one of `model_name_or_path` (an existing model) "
          "and `scratch` (a new one)"),
         (["model.scratch={}"], "`model`: give exactly one of"),
-        (["data.prompt_template=Q: {x}"], "`data`: prompt_template and completion_template belong to `format: "
+        (["data.prompt_template=about {x}"], "`data`: prompt_template and completion_template belong to `format: "
          "prompt_completion`"),
         (["name=a/b"], "override name: `name`: String should match pattern"),
         (["seed=-1"], "override seed: `seed`: Input should be greater than or equal to 0 (given: -1)"),

@@ -88,7 +88,9 @@ def test_near_the_last_position_answers_get_shorter_and_nothing_else(model: Any)
 
 @pytest.mark.parametrize("length", [POSITIONS, POSITIONS + 1, 500])
 def test_a_prompt_that_fills_the_positions_is_refused(model: Any, length: int) -> None:
-    with pytest.raises(DataError, match=rf"prompt 2 of 2 has {length} tokens, which leaves none of the model's 128 pos"):
+    with pytest.raises(
+        DataError, match=rf"prompt 2 of 2 has {length} tokens, which leaves none of the model's 128 pos"
+    ):
         run(model, prompts(3, length), greedy())
 
 
@@ -139,7 +141,9 @@ class Model:
 
 
 def test_settings_go_over_the_models_own_defaults() -> None:
-    model = Model(max_new_tokens=5, do_sample=True, temperature=0.3, top_k=7, repetition_penalty=1.2, eos_token_id=[0, 9])
+    model = Model(
+        max_new_tokens=5, do_sample=True, temperature=0.3, top_k=7, repetition_penalty=1.2, eos_token_id=[0, 9]
+    )
     own = generation_config(model, None)
     assert (own.max_new_tokens, own.do_sample, own.temperature, own.top_k) == (5, True, 0.3, 7)
     changed = generation_config(model, GenerationSettings(max_new_tokens=9, do_sample=True, top_p=0.5))

@@ -5,7 +5,6 @@ import multiprocessing
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +136,12 @@ def test_a_run_that_is_open_is_refused_to_the_same_process_too(storage: Path) ->
 
 
 @pytest.fixture
-def killed(storage: Path) -> Iterator[Path]:
+def killed(storage: Path) -> Path:
     """The folder of a run whose process ended without closing it."""
     process = multiprocessing.get_context("fork").Process(target=opened, args=(storage,))
     process.start()
     process.join()
-    yield storage / "cron-0001"
+    return storage / "cron-0001"
 
 
 def test_the_lock_of_a_process_that_is_gone_is_gone(storage: Path, killed: Path) -> None:

@@ -48,7 +48,9 @@ def config(home: Path, **evaluation: Any) -> ExperimentConfig:
     )
 
 
-def score(home: Path, reference: str | None = None, predictions: str | None = None, **evaluation: Any) -> dict[str, Any]:
+def score(
+    home: Path, reference: str | None = None, predictions: str | None = None, **evaluation: Any
+) -> dict[str, Any]:
     return scoring.score(config(home, **evaluation), reference, Console(file=io.StringIO()), predictions)
 
 

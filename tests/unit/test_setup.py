@@ -74,14 +74,18 @@ def test_a_new_chat_model_gets_chatml_unless_told_otherwise(tmp_path: Path) -> N
     assert source.tokenizer.chat_template == CHATML
     assert len(source.tokenizer("<|im_end|>")["input_ids"]) == 1
     (tmp_path / "own.jinja").write_text("{{ messages }}")
-    own = chats.model_copy(update={"model": chats.model.model_copy(update={"chat_template": str(tmp_path / "own.jinja")})})
+    own = chats.model_copy(
+        update={"model": chats.model.model_copy(update={"chat_template": str(tmp_path / "own.jinja")})}
+    )
     assert setup.load_source(own, rows, tmp_path / "init").tokenizer.chat_template == "{{ messages }}"
     assert setup.load_source(scratch(), ROWS, tmp_path / "plain").tokenizer.chat_template is None
 
 
 def test_a_template_file_that_is_not_there_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
     gone = config({"model_name_or_path": str(tiny_bundle), "chat_template": "gone.jinja"})
-    with pytest.raises(ConfigError, match=r"model\.chat_template: `gone\.jinja` is neither `chatml` nor a readable file"):
+    with pytest.raises(
+        ConfigError, match=r"model\.chat_template: `gone\.jinja` is neither `chatml` nor a readable file"
+    ):
         setup.load_source(gone, ROWS, tmp_path / "init")
 
 
@@ -117,7 +121,9 @@ def test_an_adapter_is_no_model_to_train(tiny_bundle: Path, tmp_path: Path) -> N
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_bundle)}))
-    with pytest.raises(ConfigError, match=r"model\.model_name_or_path: .*adapter holds an adapter .* adapter\.merge: true"):
+    with pytest.raises(
+        ConfigError, match=r"model\.model_name_or_path: .*adapter holds an adapter .* adapter\.merge: true"
+    ):
         setup.load_source(config({"model_name_or_path": str(adapter)}), ROWS, tmp_path / "init")
 
 
@@ -151,7 +157,13 @@ def test_steps_follow_from_rows_batch_and_epochs(tokens: dict[str, Path], tmp_pa
 
 def test_the_workers_are_told_what_they_need(tokens: dict[str, Path], tmp_path: Path) -> None:
     spec = planned(tokens, tmp_path).spec
-    assert (spec.model, spec.from_scratch, spec.seed, spec.packing, spec.max_length) == ("somewhere", True, 9, False, 32)
+    assert (spec.model, spec.from_scratch, spec.seed, spec.packing, spec.max_length) == (
+        "somewhere",
+        True,
+        9,
+        False,
+        32,
+    )
     assert (spec.train_tokens, spec.validation_tokens) == (str(tokens["train"]), str(tokens["validation"]))
     assert spec.pad_token_id == tiny.tokenizer().pad_token_id
     assert spec.weights.parent == spec.checkpoints.parent == tmp_path / "runs" / "x-0001"

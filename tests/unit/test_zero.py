@@ -137,7 +137,9 @@ def test_contradictions_are_named(content: dict[str, Any], key: str, file: Path)
 @pytest.mark.parametrize("text", ["{", "", "[]", "3", "\xff"])
 def test_a_file_that_is_no_json_object_is_named(text: str, file: Path) -> None:
     file.write_text(text, encoding="latin-1")
-    with pytest.raises(ConfigError, match=r"training\.deepspeed: .*ds\.json: (is not readable JSON|must be a JSON obj)"):
+    with pytest.raises(
+        ConfigError, match=r"training\.deepspeed: .*ds\.json: (is not readable JSON|must be a JSON obj)"
+    ):
         config(deepspeed=str(file))
 
 
@@ -151,7 +153,7 @@ def test_a_section_of_a_wrong_type_is_no_traceback(content: dict[str, Any], file
 def test_what_is_neither_preset_nor_file_is_told() -> None:
     with pytest.raises(ConfigError, match=r"`zero4` is neither a preset \(zero0, zero1, zero2, .*\) nor an existing"):
         config(deepspeed="zero4")
-    with pytest.raises(ConfigError, match="cannot be read|is not readable"):
+    with pytest.raises(ConfigError, match="is not readable JSON"):
         config(deepspeed="/")
 
 

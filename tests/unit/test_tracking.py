@@ -17,9 +17,11 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow.entities import Run, ViewType
 
+from heliostat import journal as journal_file
 from heliostat.errors import RegistryError
+from heliostat.journal import NAME as JOURNAL
 from heliostat.registry import figures, store, tracking, versions
-from heliostat.registry.tracking import JOURNAL, PROGRESS, Tracker
+from heliostat.registry.tracking import PROGRESS, Tracker
 
 _STORE_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
@@ -165,21 +167,21 @@ def test_a_half_written_line_is_left_for_later_and_a_damaged_one_passed_over(tmp
     complete = journal.stat().st_size
     with journal.open("a") as file:
         file.write('{"step": 2, "time": 1')
-    assert tracking.read_journal(journal)[1] == complete
+    assert journal_file.read(journal)[1] == complete
     with journal.open("a") as file:
         file.write('.0, "metrics": {"loss": 0.5}}\nno row\n{"step": 3}\n')
     append(tmp_path, range(4, 5))
-    rows, offset = tracking.read_journal(journal, complete)
+    rows, offset = journal_file.read(journal, complete)
     assert [row["step"] for row in rows] == [2, 4]
     assert offset == journal.stat().st_size
-    assert tracking.read_journal(journal, offset + 1)[0][0]["step"] == 1, "a shorter journal is read from its start"
+    assert journal_file.read(journal, offset + 1)[0][0]["step"] == 1, "a shorter journal is read from its start"
 
 
 def test_reading_in_parts_gives_the_whole_journal(tmp_path: Path) -> None:
     append(tmp_path, range(10))
     offset, steps = 0, []
     while True:
-        rows, after = tracking.read_journal(tmp_path / JOURNAL, offset, limit=3)
+        rows, after = journal_file.read(tmp_path / JOURNAL, offset, limit=3)
         if after == offset:
             break
         assert len(rows) <= 3

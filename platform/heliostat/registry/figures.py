@@ -22,7 +22,7 @@ def loss_curves(
 ) -> Figure:
     """Training and validation loss over the steps; below, the learning rate and the gradient norm where recorded.
 
-    `rows` are those of the journal (`tracking.read_journal`): {"step", "metrics": {name: value}}; the keyword arguments
+    `rows` are those of the journal (`heliostat.journal`): {"step", "metrics": {name: value}}; the keyword arguments
     name the metrics. Where a resumed training repeated a step, its last value counts.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")

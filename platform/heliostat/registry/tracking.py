@@ -25,11 +25,11 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils import validation as limits
 
+from heliostat import journal
 from heliostat.config import Notice
 from heliostat.errors import HeliostatError
 from heliostat.registry import store
 
-JOURNAL = "metrics.jsonl"
 PROGRESS = "tracking.json"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -66,7 +66,7 @@ class Tracker:
         notice: Notice = lambda text: print(text, file=sys.stderr),
     ) -> None:
         """Params may be nested. `notice` is called from the tracker's thread."""
-        self._journal = run_folder / JOURNAL
+        self._journal = run_folder / journal.NAME
         self._progress_file = run_folder / PROGRESS
         self._experiment = experiment
         self._run_name = run_name
@@ -136,7 +136,7 @@ class Tracker:
         if not self._opened:
             self._open_run(client)
         while True:
-            rows, offset = read_journal(self._journal, self._progress.offset, _ROWS)
+            rows, offset = journal.read(self._journal, self._progress.offset, _ROWS)
             if offset == self._progress.offset:
                 return
             steps = dict(self._progress.steps)
@@ -199,35 +199,6 @@ class Tracker:
         temporary = self._progress_file.with_name(f".{PROGRESS}.tmp")
         temporary.write_text(json.dumps(asdict(self._progress)), encoding="utf-8")
         os.replace(temporary, self._progress_file)
-
-
-def read_journal(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """Up to `limit` complete rows of the journal from byte `offset`, and the offset behind them.
-
-    A last line that is still being written is left for later, a line that is no row is passed over, and a journal that
-    became shorter than `offset` is read from its start.
-    """
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows, offset
-    with path.open("rb") as file:
-        offset = offset if offset <= os.fstat(file.fileno()).st_size else 0
-        file.seek(offset)
-        while (limit is None or len(rows) < limit) and (line := file.readline()).endswith(b"\n"):
-            offset += len(line)
-            row = _parse_row(line)
-            if row is not None:
-                rows.append(row)
-    return rows, offset
-
-
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-        metrics = {str(name): float(value) for name, value in row["metrics"].items()}
-        return {"step": int(row["step"]), "time": float(row["time"]), "metrics": metrics}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _new_metrics(rows: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> Iterator[Metric]:

@@ -1,7 +1,6 @@
 """Exported weights -> the bundle: adds tokenizer, decoding defaults, and where the model comes from."""
 
 import importlib.metadata
-import json
 import shutil
 import subprocess
 from collections import Counter
@@ -10,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from heliostat import __version__
+from heliostat import __version__, journal
 from heliostat.data.tokens import TokenDataset
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import adapters, bundle, files
@@ -94,12 +93,12 @@ def _base(config: ExperimentConfig, source: Source) -> dict[str, Any] | None:
     }
 
 
-def final_metrics(journal: Path) -> dict[str, float]:
+def final_metrics(path: Path) -> dict[str, float]:
     """The last value of every training metric, and the evaluation with the lowest loss."""
     latest: dict[str, float] = {}
     best: dict[str, float] = {}
-    for line in journal.read_text().splitlines():
-        metrics = json.loads(line)["metrics"]
+    for row in journal.read(path)[0]:
+        metrics = row["metrics"]
         if "eval_loss" in metrics:
             best = min(best or metrics, metrics, key=lambda found: found["eval_loss"])
         latest.update(metrics)

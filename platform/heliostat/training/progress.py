@@ -1,6 +1,5 @@
 """Show a run's progress in the terminal, from its metrics journal. Knows nothing of who writes it."""
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from heliostat import journal
+
 
 class ProgressBar:
     """Follows `metrics.jsonl` in a thread: a bar on a terminal, a line every tenth of the way elsewhere."""
 
-    def __init__(self, journal: Path, total_steps: int, console: Console) -> None:
-        self._journal = journal
+    def __init__(self, path: Path, total_steps: int, console: Console) -> None:
+        self._journal = path
         self._total = total_steps
         self._console = console
         self._stop = threading.Event()
@@ -38,23 +39,14 @@ class ProgressBar:
             self._show(bar, task)
 
     def _show(self, bar: Progress, task: Any) -> None:
-        for row in self._new_rows():
+        rows, self._offset = journal.read(self._journal, self._offset)
+        for row in rows:
             self._latest.update(row["metrics"])
             step = row["step"]
             bar.update(task, completed=step, description="training", numbers=self._numbers())
             if not self._console.is_terminal and "loss" in row["metrics"] and step * 10 // self._total > self._printed:
                 self._printed = step * 10 // self._total
                 self._console.print(f"step {step}/{self._total}  {self._numbers()}", highlight=False)
-
-    def _new_rows(self) -> list[dict[str, Any]]:
-        if not self._journal.exists():
-            return []
-        with self._journal.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
 
     def _numbers(self) -> str:
         shown = (("loss", "loss {:.4f}"), ("eval_loss", "validation {:.4f}"), ("tokens_per_second", "{:,.0f} tokens/s"))

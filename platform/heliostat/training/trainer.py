@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heliostat import cluster, state
+from heliostat import cluster, journal, state
 from heliostat import config as configuration
 from heliostat.data import audit, prepare, splits
 from heliostat.data.packing import PackedDataset
@@ -53,7 +53,7 @@ def train(config: ExperimentConfig, console: Console) -> TrainResult:
     try:
         return _train(config, run, console)
     except UserError:
-        if not (run.folder / "metrics.jsonl").exists():
+        if not (run.folder / journal.NAME).exists():
             shutil.rmtree(run.folder)
         raise
     finally:
@@ -122,7 +122,7 @@ def _tracker(config: ExperimentConfig, run: Run, manifest: dict[str, Any]) -> tr
 
 
 def _run_workers(spec: WorkerSpec, console: Console) -> None:
-    with ProgressBar(Path(spec.run_folder) / "metrics.jsonl", spec.total_steps, console):
+    with ProgressBar(Path(spec.run_folder) / journal.NAME, spec.total_steps, console):
         if spec.training.num_workers == 0:
             Worker(spec, LocalSession(spec.checkpoints, spec.training.save_total_limit)).run()
         else:
@@ -186,13 +186,13 @@ def _publish(
     lineage: dict[str, Any],
 ) -> TrainResult:
     """Log what belongs to the finished run and register the bundle."""
-    metrics = bundling.final_metrics(run.folder / "metrics.jsonl")
+    metrics = bundling.final_metrics(run.folder / journal.NAME)
     if run_id is None:
         raise HeliostatError(
             f"the model is trained ({bundle}), but MLflow does not answer, so it is not registered; "
             "give the same command again once it does"
         )
-    rows, _ = tracking.read_journal(run.folder / "metrics.jsonl")
+    rows, _ = journal.read(run.folder / journal.NAME)
     tracking.log_figure(run_id, "loss_curves.png", figures.loss_curves(rows, run.name))
     tracking.log_artifacts_of_run(
         run_id, {name: run.folder / name for name in ("config.yaml", "data.json", "data.txt")}

@@ -5,7 +5,6 @@ without Ray.
 """
 
 import contextlib
-import json
 import math
 import os
 import resource
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from heliostat import journal
 from heliostat.data.packing import IGNORED, PackedDataset, collate
 from heliostat.data.tokens import TokenDataset
 from heliostat.models import adapters, base
@@ -119,7 +119,7 @@ class Worker:
         self.engine = self._build_engine()
         self.flatten = self.engine.module.config._attn_implementation.startswith("flash_attention")
         self.progress = self._restore()
-        self.log = MetricsLog(Path(spec.run_folder) / "metrics.jsonl", session)
+        self.log = MetricsLog(Path(spec.run_folder) / journal.NAME, session)
 
     def run(self) -> Progress:
         """Train to the end, from the newest checkpoint if there is one, and export the weights."""
@@ -302,11 +302,8 @@ class MetricsLog:
         self.since += time.perf_counter() - started
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
-        if self.session.rank != 0:
-            return
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), "metrics": finite}) + "\n")
+        if self.session.rank == 0:
+            journal.append(self.path, step, metrics)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

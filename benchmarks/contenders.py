@@ -158,7 +158,8 @@ def quickstart(folder: Path) -> dict[str, float]:
     root = folder / "quickstart"
     config = quickstart_config(root)
     spec = _spec(root, config.training, config.data.max_length, QUICKSTART_STEPS)
-    Worker(spec, LocalSession(spec.checkpoints, keep=1)).run()
+    with LocalSession(spec.checkpoints, keep=1) as session:
+        Worker(spec, session).run()
     return {"peak_rss_mib": peak_rss_mib()}
 
 
@@ -177,8 +178,9 @@ def ours(folder: Path) -> Measurement:
 
     training, steps = _training(settings), settings.warmup + settings.steps
     spec = _spec(folder, training, MAX_LENGTH, steps)
-    worker = TimedWorker(spec, LocalSession(spec.checkpoints, keep=1))
-    worker.run()
+    with LocalSession(spec.checkpoints, keep=1) as session:
+        worker = TimedWorker(spec, session)
+        worker.run()
     rows = worker.train_rows
     tokens = [
         int(rows.num_tokens(order.global_batch(step, settings.batch, len(rows), SEED)).sum()) for step in range(steps)

@@ -10,6 +10,7 @@ import pytest
 
 # Before any library reads them: no look-ups on the internet, no threads beyond the cores of a small machine.
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -63,13 +63,6 @@ class Experiment:
         return set(self.folder.rglob("*"))
 
 
-@pytest.fixture(autouse=True)
-def _launchers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training in this process sets what DeepSpeed wants to know of a launcher; later tests must not inherit it."""
-    for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        monkeypatch.setenv(variable, value)
-
-
 @pytest.fixture
 def experiment(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Experiment:
     return Experiment(tmp_path, tiny_bundle, capsys)

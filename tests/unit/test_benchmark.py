@@ -50,7 +50,7 @@ def test_padded_contender_sees_about_as_many_real_tokens(result: dict[str, Any])
 @pytest.mark.slow
 def test_memory_of_all_processes_is_told(result: dict[str, Any]) -> None:
     memory = result["rss_mib"]
-    assert 0 < memory["imports"] < memory["quickstart"]
+    assert 0 < memory["imports"] <= memory["quickstart"]
     assert all(found["peak_rss_mib"] > 0 for found in result["contenders"].values())
 
 

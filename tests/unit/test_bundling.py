@@ -148,6 +148,7 @@ def dataset(*documents: list[int]) -> TokenDataset:
         ([[5, 6, END], [7, END]], [END]),
         ([[5, TURN_END], [6, TURN_END], [7, END]], [END, TURN_END]),
         ([[5, 6], [7, 6], [8, END]], [END]),
+        ([[5, TURN_END, END], [6, TURN_END, END]], [END, TURN_END]),
     ],
 )
 def test_generation_stops_at_the_end_token_and_at_the_end_of_a_turn(

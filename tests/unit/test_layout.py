@@ -18,12 +18,13 @@ MAX_FUNCTION_LINES = 60
 
 # What each part may import beside itself. A part is a package, or a module beside them; `data` stands for `data.config`
 # too. The sections of the configuration, `*/config.py`, are a part of their own, which `experiment` puts together.
-_BASICS = {"heliostat", "errors", "config", "state"}
+_BASICS = {"heliostat", "errors", "config", "state", "journal"}
 _LIBRARY = _BASICS | {"data", "models", "evaluation"}
 ALLOWED = {
     "heliostat": set[str](),
     "errors": set[str](),
     "state": {"errors"},
+    "journal": {"errors"},
     "config": {"errors"},
     "*/config": {"errors", "config"},
     "experiment": {"config", "*/config"},

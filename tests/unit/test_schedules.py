@@ -261,7 +261,7 @@ def test_unseen_phrase_is_only_tested() -> None:
 
 def test_write_gives_the_rows_as_json_lines(tmp_path: Path, rows: dict[Split, list[Row]]) -> None:
     counts = schedules.write(tmp_path / "data", seed=0)
-    assert counts == {"train": 6000, "validation": 300, "test": 600}
+    assert counts == {"train": 24000, "validation": 300, "test": 600}
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
         "test.jsonl",
         "train.jsonl",

@@ -1,6 +1,7 @@
 """Held-out rows: exact sizes, no row in two splits, and a choice that depends on content and seed only."""
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,15 @@ def test_few_documents_give_their_last_ones_and_a_part_of_one(tmp_path: Path) ->
     assert splits["validation"][1].fields["text"] == "end"
     assert "".join(texts(splits["train"] + splits["validation"])) == "x " * 500 + "yz " * 300 + "end"
     assert splits["validation"][0].fields["text"].startswith("yz ")
+
+
+def test_only_the_files_of_wanted_splits_are_read(tmp_path: Path) -> None:
+    all_texts = [f"row {i}" for i in range(100)]
+    train, missing = write(tmp_path / "t.csv", all_texts), str(tmp_path / "missing.csv")
+    assert set(load_splits(config(train=train, test=missing), 1, ("train", "validation"))) == {"train", "validation"}
+    assert list(load_splits(config(train=missing, test=train), 1, ("test",))) == ["test"]
+    held_out = load_splits(config(train=train, test_size=20), 1, ("test",))
+    assert texts(held_out["test"]) == texts(load_splits(config(train=train, test_size=20), 1)["test"])
+    assert list(held_out) == ["test"]
+    with pytest.raises(DataError, match=re.escape(missing)):
+        load_splits(config(train=train, test=missing), 1)

@@ -13,12 +13,13 @@ from heliostat.data.formats import field_text
 from heliostat.data.records import Row, read
 from heliostat.errors import DataError
 
+SPLITS = ("train", "validation", "test")
 # How far before the wanted place a document may be cut, so that no line or word is broken.
 BORDER_WINDOW = 1000
 
 
-def load_splits(config: DataConfig, seed: int) -> dict[str, list[Row]]:
-    """The rows of "train", "validation" and "test", those that exist.
+def load_splits(config: DataConfig, seed: int, wanted: Sequence[str] = SPLITS) -> dict[str, list[Row]]:
+    """The rows of those of the `wanted` splits ("train", "validation", "test") that exist; no other files are read.
 
     Files that are given win. Otherwise `test_size`, then `validation_size`, are taken from the training rows: below 1 a
     fraction of them (at least one row), else a count. When `format: text` has too few rows for that, such as one large
@@ -28,23 +29,24 @@ def load_splits(config: DataConfig, seed: int) -> dict[str, list[Row]]:
         DataError: nothing is given, a file is wrong (see `read`), or the held-out part leaves no training row.
     """
     given = {"train": config.train, "validation": config.validation, "test": config.test}
+    sizes = {"test": config.test_size, "validation": config.validation_size}
+    held_out = {name: size for name, size in sizes.items() if size and not given[name]}
+    needed = {name for name in wanted if given[name]} | ({"train"} if held_out.keys() & set(wanted) else set())
     splits = {
         name: read(sources, column_names=config.column_names, text_separator=config.text_separator)
         for name, sources in given.items()
-        if sources
+        if sources and name in needed
     }
-    if not splits:
+    if not any(given.values()):
         raise DataError("data.train: no file is given; set data.train (or data.test to evaluate only)")
     if "train" in splits:
-        sizes = {"test": config.test_size, "validation": config.validation_size}
-        wanted = {name: size for name, size in sizes.items() if size and name not in splits}
-        splits |= _hold_out(splits["train"], wanted, config, seed)
+        splits |= _hold_out(splits["train"], held_out, config, seed)
     limits = {
         "train": config.max_train_samples,
         "validation": config.max_validation_samples,
         "test": config.max_test_samples,
     }
-    return {name: splits[name][: limits[name]] for name in given if name in splits}
+    return {name: splits[name][: limits[name]] for name in SPLITS if name in splits and name in wanted}
 
 
 def _hold_out(rows: list[Row], sizes: dict[str, float], config: DataConfig, seed: int) -> dict[str, list[Row]]:

@@ -69,7 +69,7 @@ def _flat(scores: Scores) -> dict[str, Any]:
 
 
 def _test_rows(config: ExperimentConfig) -> list[Row]:
-    rows = splits.load_splits(config.data, config.seed).get("test")
+    rows = splits.load_splits(config.data, config.seed, ("test",)).get("test")
     if rows is None:
         raise DataError("there is no test split; set data.test to a file, or data.test_size to a part of data.train")
     return rows

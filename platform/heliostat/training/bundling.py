@@ -52,8 +52,10 @@ def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Pa
 
 def stop_token_ids(tokens: TokenDataset, tokenizer: Any) -> list[int]:
     """The end token, and the special token that most documents end with where that is another (the end of a turn)."""
-    last = Counter(int(tokens.document(i)[0][-1]) for i in range(min(_SAMPLE, len(tokens))))
-    ends = [token for token, _ in last.most_common(1) if token in tokenizer.added_tokens_decoder]
+    documents = [tokens.document(index)[0] for index in range(min(_SAMPLE, len(tokens)))]
+    # A template's own end of turn is the last token, or the last but one where the end token was put after it.
+    places = [Counter(int(ids[place]) for ids in documents if len(ids) >= -place) for place in (-2, -1)]
+    ends = [token for place in places for token, _ in place.most_common(1) if token in tokenizer.added_tokens_decoder]
     return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
 
 

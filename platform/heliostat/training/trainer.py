@@ -54,7 +54,8 @@ def train(config: ExperimentConfig, console: Console) -> TrainResult:
         return _train(config, run, console)
     except UserError:
         if not (run.folder / journal.NAME).exists():
-            shutil.rmtree(run.folder)
+            # The tracker's thread may still be writing there.
+            shutil.rmtree(run.folder, ignore_errors=True)
         raise
     finally:
         run.close()
@@ -67,7 +68,7 @@ def _config_hash(config: ExperimentConfig) -> str:
 
 
 def _train(config: ExperimentConfig, run: Run, console: Console) -> TrainResult:
-    rows = splits.load_splits(config.data, config.seed)
+    rows = splits.load_splits(config.data, config.seed, ("train", "validation"))
     source = setup.load_source(config, rows["train"], run.folder / "init")
     prepared = prepare.prepare(rows, config.data, source.tokenizer, config.seed, state.token_cache())
     _record_data(run, config, prepared, source.tokenizer)
@@ -124,7 +125,8 @@ def _tracker(config: ExperimentConfig, run: Run, manifest: dict[str, Any]) -> tr
 def _run_workers(spec: WorkerSpec, console: Console) -> None:
     with ProgressBar(Path(spec.run_folder) / journal.NAME, spec.total_steps, console):
         if spec.training.num_workers == 0:
-            Worker(spec, LocalSession(spec.checkpoints, spec.training.save_total_limit)).run()
+            with LocalSession(spec.checkpoints, spec.training.save_total_limit) as session:
+                Worker(spec, session).run()
         else:
             _run_on_ray(spec)
     checkpoint.prune(spec.checkpoints, spec.training.save_total_limit)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -75,20 +75,28 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A group of one: this process, without Ray."""
+    """A group of one: this process, without Ray. Joined on entering, left on exit."""
 
     rank = 0
     world_size = 1
+    # DeepSpeed insists on a launcher's variables.
+    _ENVIRONMENT: ClassVar = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
     def __init__(self, checkpoints: Path, keep: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._checkpoints = checkpoints
         self._keep = keep
-        # DeepSpeed insists on a launcher's variables.
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-        if not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+    def __enter__(self) -> Self:
+        os.environ.update(self._ENVIRONMENT)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.destroy_process_group()
+        for name in self._ENVIRONMENT:
+            os.environ.pop(name, None)
 
     def report(self, folder: Path, metrics: dict[str, float]) -> None:
         """Delete what is older than the newest checkpoints."""

@@ -60,5 +60,5 @@ def processes_below(pid: int, name: str = "") -> list[psutil.Process]:
 
 
 def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended within a minute."""
-    return list(psutil.wait_procs(processes, timeout=60)[1])
+    """Those that have not ended within three minutes: Ray's agents take one to notice that their node is gone."""
+    return list(psutil.wait_procs(processes, timeout=180)[1])

@@ -30,6 +30,18 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "state"))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder for a whole module: creating its MLflow database takes seconds."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def module_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of a module that ask for it share one state folder."""
+    monkeypatch.setenv("HELIOSTAT_HOME", str(home))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data sets; tests that need them skip where they are not."""

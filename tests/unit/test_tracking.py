@@ -23,20 +23,11 @@ from heliostat.journal import NAME as JOURNAL
 from heliostat.registry import figures, store, tracking, versions
 from heliostat.registry.tracking import PROGRESS, Tracker
 
-_STORE_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One embedded store for the module: creating a database takes seconds."""
-    return tmp_path_factory.mktemp("home")
+pytestmark = pytest.mark.usefixtures("module_store")
 
 
 @pytest.fixture(autouse=True)
-def _embedded_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in _STORE_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HELIOSTAT_HOME", str(home))
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_INTERVAL", 0.1)
     monkeypatch.setattr(tracking, "_MAX_DELAY", 0.5)
 

@@ -9,20 +9,7 @@ from mlflow.artifacts import download_artifacts
 from heliostat.errors import RegistryError
 from heliostat.registry import store, versions
 
-_STORE_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One embedded store for the module: creating a database takes seconds."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(autouse=True)
-def _embedded_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in _STORE_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HELIOSTAT_HOME", str(home))
+pytestmark = pytest.mark.usefixtures("module_store")
 
 
 @pytest.fixture

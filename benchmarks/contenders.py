@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from heliostat.experiment import ExperimentConfig
     from heliostat.models.config import ScratchConfig
     from heliostat.training.config import TrainingConfig
-    from heliostat.training.worker import WorkerSpec
+    from heliostat.training.spec import WorkerSpec
 
 SEED = 0
 MAX_LENGTH = 512
@@ -198,7 +198,7 @@ def _training(settings: Settings) -> "TrainingConfig":
 def _spec(folder: Path, training: "TrainingConfig", max_length: int, steps: int) -> "WorkerSpec":
     from heliostat.models.base import load_tokenizer
     from heliostat.models.config import AdapterConfig
-    from heliostat.training.worker import WorkerSpec
+    from heliostat.training.spec import WorkerSpec
 
     run = folder / f"run-{time.time_ns()}"
     run.mkdir()

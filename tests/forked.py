@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from heliostat.training.worker import Worker, WorkerSpec
+from heliostat.training.spec import WorkerSpec
+from heliostat.training.worker import Worker
 
 
 class GroupSession:

@@ -14,7 +14,7 @@ from heliostat.data.tokens import encode
 from heliostat.models.config import AdapterConfig
 from heliostat.training import checkpoint
 from heliostat.training.config import TrainingConfig
-from heliostat.training.worker import WorkerSpec
+from heliostat.training.spec import WorkerSpec
 from tests import forked, tiny
 
 STEPS = 6

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from heliostat import __version__, journal
 from heliostat.data.tokens import TokenDataset
 from heliostat.experiment import ExperimentConfig
-from heliostat.models import adapters, bundle, files
+from heliostat.models import bundle, files
 from heliostat.training.setup import Source
 
 # Documents looked at to find out which special token ends a turn.
@@ -23,6 +23,8 @@ def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Pa
     """Make `<run folder>/bundle` from `<run folder>/weights`."""
     weights = run_folder / "weights"
     if config.adapter.merge and (weights / "adapter_config.json").exists():
+        from heliostat.models import adapters  # PEFT takes seconds to import
+
         weights = adapters.merge(weights, run_folder / "merged")
     stops = stop_token_ids(TokenDataset.open(tokens), source.tokenizer)
     decoding = {

@@ -10,7 +10,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from heliostat.errors import HeliostatError
-from heliostat.training.worker import Worker, WorkerSpec
+from heliostat.training.spec import WorkerSpec
 
 
 class RaySession:
@@ -34,6 +34,9 @@ class RaySession:
 
 def train(loop_config: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's `train_loop_per_worker`. Returns {"error": ...} for what a restart of the workers would not mend."""
+    # The driver imports this module too, and has no use for DeepSpeed.
+    from heliostat.training.worker import Worker
+
     spec: WorkerSpec = loop_config["spec"]
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
     try:

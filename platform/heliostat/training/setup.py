@@ -16,7 +16,7 @@ from heliostat.models import base, scratch
 from heliostat.registry import versions
 from heliostat.training import order, zero
 from heliostat.training.runs import Run
-from heliostat.training.worker import WorkerSpec
+from heliostat.training.spec import WorkerSpec
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from heliostat.training import bundling, checkpoint, runs, setup
 from heliostat.training.config import TrainingConfig
 from heliostat.training.progress import ProgressBar
 from heliostat.training.runs import Run
-from heliostat.training.worker import LocalSession, Worker, WorkerSpec
+from heliostat.training.spec import WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def _tracker(config: ExperimentConfig, run: Run, manifest: dict[str, Any]) -> tr
 def _run_workers(spec: WorkerSpec, console: Console) -> None:
     with ProgressBar(Path(spec.run_folder) / journal.NAME, spec.total_steps, console):
         if spec.training.num_workers == 0:
+            from heliostat.training.worker import LocalSession, Worker
+
             with LocalSession(spec.checkpoints, spec.training.save_total_limit) as session:
                 Worker(spec, session).run()
         else:

@@ -1,0 +1,42 @@
+"""What a training worker must know. Imports nothing heavy: the driver makes it, and has no use for DeepSpeed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from heliostat.models.config import AdapterConfig
+from heliostat.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker must know. Plain values and paths that every worker can read."""
+
+    run_folder: str
+    attempt: str
+    """Name of this start of the driver; its checkpoints go into a folder of that name."""
+    model: str
+    """Resolved model folder or hub name; for a model from scratch, the folder with its config.json."""
+    revision: str | None
+    from_scratch: bool
+    attention: str | None
+    adapter: AdapterConfig
+    training: TrainingConfig
+    train_tokens: str
+    validation_tokens: str | None
+    max_length: int
+    packing: bool
+    pad_token_id: int
+    total_steps: int
+    eval_steps: int
+    save_steps: int
+    seed: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Parent of all attempts' checkpoint folders."""
+        return Path(self.run_folder) / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """Where the exported weights of the chosen step go."""
+        return Path(self.run_folder) / "weights"

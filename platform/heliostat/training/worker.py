@@ -39,7 +39,7 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A group of one: this process, without Ray. Joined on entering, left on exit."""
+    """A group of one: this process, without Ray."""
 
     rank = 0
     world_size = 1
@@ -53,12 +53,13 @@ class LocalSession:
 
     def __enter__(self) -> Self:
         os.environ.update(self._ENVIRONMENT)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        # Made once in a process: DeepSpeed holds on to it.
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.destroy_process_group()
         for name in self._ENVIRONMENT:
             os.environ.pop(name, None)
 

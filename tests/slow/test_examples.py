@@ -28,7 +28,7 @@ def _use_state(_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELIOSTAT_HOME", str(_state))
 
 
-def test_readme_trains_scores_promotes_and_serves(smollm2: str, shared_data: Path) -> None:
+def test_readme_trains_scores_promotes_and_serves(smollm2: str, shared_data: Path, tmp_path: Path) -> None:
     data = str(shared_data / "sms_spam" / "train.tsv")
     steps = [
         [argument.replace("SMSSpamCollection.tsv", data) for argument in arguments]
@@ -36,13 +36,15 @@ def test_readme_trains_scores_promotes_and_serves(smollm2: str, shared_data: Pat
     ]
     assert [step[0] for step in steps] == ["train", "evaluate", "promote", "serve"]
     trained = command.run(*steps[0])
-    scores = command.run(*steps[1])
+    scores = command.run(*steps[1], "--predictions", str(tmp_path / "predictions.jsonl"))
     assert scores["n"] == 200
     assert scores["exact_match"] >= 0.93
     assert scores["baseline"]["exact_match"] < scores["exact_match"]
     assert command.run(*steps[2])["version"] == trained["version"]
-    spam = "Message: WINNER!! You have won a free prize, call 09061701461 now to claim\nSpam or ham?"
-    assert served(steps[3][1], spam, max_tokens=4).strip() == "spam"
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    asked = [next(row for row in rows if row["prediction"] == label) for label in (" spam", " ham")]
+    answers = served(steps[3][1], [row["prompt"] for row in asked], max_tokens=4)
+    assert answers == [row["prediction"] for row in asked]
 
 
 @pytest.mark.parametrize("example", ["lora", "full_zero3"])
@@ -53,7 +55,7 @@ def test_alpaca_is_served_as_it_was_trained(smollm2: str, shared_data: Path, exa
     assert losses[-1] < losses[0]
     prompt = "### Instruction:\nName three primary colours.\n\n### Response:"
     expected = generate_without_heliostat(Path(trained["bundle"]), prompt)
-    assert served(trained["model_uri"], prompt) == expected
+    assert served(trained["model_uri"], [prompt], max_tokens=24) == [expected]
 
 
 def test_text_from_scratch_loses_perplexity(shared_data: Path) -> None:
@@ -89,18 +91,18 @@ def generate_without_heliostat(bundle: Path, prompt: str) -> str:
     return str(tokenizer.decode(output, skip_special_tokens=True))
 
 
-def served(model: str, prompt: str, max_tokens: int = 24) -> str:
-    """The same by the endpoint."""
+def served(model: str, prompts: list[str], max_tokens: int) -> list[str]:
+    """What the endpoint answers, greedily."""
     process = command.start("serve", model, f"serving.port={PORT}", "serving.num_cpus=2")
     try:
         assert process.stdout is not None
         up = json.loads(process.stdout.readline())
-        body = {"model": up["model"], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": up["model"], "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
         request = urllib.request.Request(
             f"{up['url']}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as response:
-            return str(json.load(response)["choices"][0]["text"])
+            return [choice["text"] for choice in json.load(response)["choices"]]
     finally:
         process.terminate()
         process.communicate(timeout=60)

@@ -1,6 +1,5 @@
 """The whole configuration of an experiment: one YAML file. Knows the sections, not what is done with them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -96,8 +95,3 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 def schema() -> dict[str, Any]:
     """The JSON schema of the YAML file, for editors (`# yaml-language-server: $schema=...`)."""
     return ExperimentConfig.model_json_schema()
-
-
-def schema_text() -> str:
-    """The same as text."""
-    return json.dumps(schema(), indent=2)

@@ -1,6 +1,5 @@
 """The whole configuration: its schema is true, every YAML here loads, other tools' names are understood."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ def test_the_schema_is_one_and_refuses_what_loading_refuses() -> None:
             jsonschema.validate({**good, **bad}, schema)
         with pytest.raises(ValueError, match="validation error"):
             ExperimentConfig.model_validate({**good, **bad})
-    assert json.loads(experiment.schema_text()) == schema
 
 
 def test_every_key_is_explained_or_known_from_the_library_it_is_named_after() -> None:
@@ -169,7 +167,6 @@ def test_global_batch_and_resources_follow_from_the_training_section() -> None:
     assert TrainingConfig(use_gpu=True).ray_resources() == {"CPU": 1, "GPU": 1}
     own = TrainingConfig(use_gpu=True, resources_per_worker={"CPU": 8, "GPU": 2})
     assert own.ray_resources() == {"CPU": 8, "GPU": 2}
-    assert (training.cpus_per_worker, own.cpus_per_worker) == (1, 8)
 
 
 def test_keys_of_a_new_models_config_are_kept_as_written(tmp_path: Path) -> None:

@@ -62,11 +62,6 @@ class TrainingConfig(StrictModel):
         return self
 
     @property
-    def cpus_per_worker(self) -> float:
-        """CPUs that Ray reserves for one worker."""
-        return (self.resources_per_worker or {}).get("CPU", 1)
-
-    @property
     def global_batch_size(self) -> int:
         """Sequences that one optimizer step learns from, over all workers."""
         return max(1, self.num_workers) * self.per_device_train_batch_size * self.gradient_accumulation_steps

@@ -11,9 +11,10 @@ from heliostat.config import StrictModel
 from heliostat.data.config import DataConfig
 from heliostat.evaluation.config import EvaluationConfig, GenerationSettings
 from heliostat.models.config import AdapterConfig, ModelConfig
-from heliostat.registry.config import RegistryConfig
+from heliostat.registry.config import PromotionConfig, RegistryConfig
 from heliostat.serving.config import ServingConfig
 from heliostat.training.config import TrainingConfig
+from heliostat.tuning.config import TuneDecodingConfig, TuneTrainingConfig
 
 SYNONYMS = {
     # LLaMA-Factory, axolotl, TRL and older transformers names -> ours
@@ -54,7 +55,7 @@ SYNONYMS = {
 
 
 class ExperimentConfig(StrictModel):
-    """One experiment: data, model, training, registry and serving."""
+    """One experiment: data, model, training, registry, serving, and the searches."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run folders, the MLflow experiment and the registered model, unless these are named themselves."""
@@ -70,7 +71,10 @@ class ExperimentConfig(StrictModel):
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
+    promotion: PromotionConfig = PromotionConfig()
     serving: ServingConfig = ServingConfig()
+    tune_training: TuneTrainingConfig = TuneTrainingConfig()
+    tune_decoding: TuneDecodingConfig = TuneDecodingConfig()
 
     @property
     def experiment_name(self) -> str:

@@ -1,4 +1,8 @@
-"""The `registry` section: where runs are recorded and under which name models are registered."""
+"""The `registry` and `promotion` sections: where runs and models are recorded, and what a champion must prove."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from heliostat.config import StrictModel
 
@@ -12,3 +16,21 @@ class RegistryConfig(StrictModel):
     """Default: the config's name."""
     register_model: bool = True
     """Register the finished model as a new version with the alias `challenger`."""
+
+
+class Gate(StrictModel):
+    """A recorded score that must not be worse than the champion's by more than the tolerance."""
+
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    tolerance: NonNegativeFloat = 0.0
+
+
+class PromotionConfig(StrictModel):
+    """What `heliostat promote` asks of a version beside an undamaged bundle."""
+
+    gates: list[Gate] = Field(default_factory=list)
+    no_regression: list[str] = Field(default_factory=list)
+    """Metrics where higher is better that must not be worse than the champion's at all."""
+    parity_prompts: NonNegativeInt = 0
+    """Prompts on which the endpoint's engine must give the tokens of `generate()`."""

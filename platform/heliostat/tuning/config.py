@@ -56,7 +56,7 @@ class TuneDecodingConfig(SearchConfig):
     """`heliostat tune-decoding`: trials generate with other decoding settings or prompts; nothing is trained."""
 
     metric: str | dict[str, float] | None = None
-    """A metric of `heliostat evaluate`, or a weighted sum {metric: weight}; default: the first of evaluation.metrics."""
+    """A metric of the evaluation, or a weighted sum {metric: weight}; default: the first of evaluation.metrics."""
     constraints: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Upper limits of the winner's mean `tokens` or `seconds` (of compute) per prompt."""
     prompts: PositiveInt = 128

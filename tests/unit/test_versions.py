@@ -160,6 +160,15 @@ def test_scores_are_recorded_on_version_and_run(run_id: str, bundle: Path, name:
         versions.log_evaluation(name, "1", {"loss": float("nan")})
 
 
+def test_scores_say_what_they_were_measured_on(run_id: str, bundle: Path, name: str) -> None:
+    versions.register(run_id, bundle, name, {})
+    versions.log_evaluation(name, "1", {"exact_match": 0.5, "loss": 2.0}, data="abc123")
+    versions.log_evaluation(name, "1", {"loss": 1.0}, data="def456")
+    recorded = versions.get_version(name, "1")
+    assert versions.evaluation_data(recorded) == {"exact_match": "abc123", "loss": "def456"}
+    assert versions.evaluation(recorded) == {"exact_match": 0.5, "loss": 1.0}
+
+
 def test_aliases_move(run_id: str, bundle: Path, name: str) -> None:
     versions.register(run_id, bundle, name, {})
     (bundle / "more").write_text("more")

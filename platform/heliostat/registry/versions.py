@@ -31,6 +31,7 @@ from heliostat.registry import store
 ARTIFACT_PATH = "model"
 DIGEST_TAG = "heliostat.bundle_sha256"
 EVALUATION_PREFIX = "eval."
+EVALUATION_DATA_PREFIX = "eval_data."
 
 # MLflow refuses `/` and `:` in names and aliases other than [\w-]. A name is also a folder's name here, and `@` parts
 # it from the alias.
@@ -192,8 +193,12 @@ def set_tags(name: str, version: str, tags: Mapping[str, str]) -> None:
             store.client().set_model_version_tag(name, version, key, value)
 
 
-def log_evaluation(name: str, version: str, metrics: Mapping[str, float]) -> None:
-    """Record scores of the version: as its tags `eval.NAME`, which promotion compares, and as metrics of its run.
+def log_evaluation(name: str, version: str, metrics: Mapping[str, float], *, data: str = "") -> None:
+    """Record scores of the version: as its tags `eval.METRIC`, which promotion compares, and as metrics of its run.
+
+    Args:
+        data: what the scores were measured on, such as a hash of the rows; kept as the tags `eval_data.METRIC`.
+            Promotion compares two scores only where this is the same.
 
     Raises:
         RegistryError: a score is not finite, there is no such version, or the store failed.
@@ -203,7 +208,8 @@ def log_evaluation(name: str, version: str, metrics: Mapping[str, float]) -> Non
             raise RegistryError(f"the score `{metric}` of `{name}` version {version} is {value}; it is not recorded")
     run_id = get_version(name, version).run_id
     scores = {f"{EVALUATION_PREFIX}{metric}": float(value) for metric, value in metrics.items()}
-    set_tags(name, version, {key: repr(value) for key, value in scores.items()})
+    sources = {f"{EVALUATION_DATA_PREFIX}{metric}": data for metric in metrics}
+    set_tags(name, version, {**{key: repr(value) for key, value in scores.items()}, **sources})
     if run_id is not None:
         now = get_current_time_millis()
         with store.failures(f"the scores of {name} version {version} cannot be logged to its run"):
@@ -215,6 +221,12 @@ def evaluation(version: ModelVersion) -> dict[str, float]:
     """The scores that `log_evaluation` recorded."""
     scores = {key: value for key, value in version.tags.items() if key.startswith(EVALUATION_PREFIX)}
     return {key.removeprefix(EVALUATION_PREFIX): float(value) for key, value in scores.items()}
+
+
+def evaluation_data(version: ModelVersion) -> dict[str, str]:
+    """Metric -> the `data` that `log_evaluation` was told with its score."""
+    sources = {key: value for key, value in version.tags.items() if key.startswith(EVALUATION_DATA_PREFIX)}
+    return {key.removeprefix(EVALUATION_DATA_PREFIX): value for key, value in sources.items()}
 
 
 def check_name(name: str) -> None:

@@ -172,7 +172,7 @@ def _rename_synonyms(
             return synonyms[leaf]
         return leaves[leaf][0] if "." not in key and len(leaves.get(leaf, [])) == 1 else None
 
-    for key in [key for key in _leaf_keys(values) if key not in valid]:
+    for key in [key for key in _leaf_keys(values) if key not in valid and not _is_free(key, valid)]:
         target = meant(key)
         if target is None:
             continue
@@ -185,6 +185,13 @@ def _rename_synonyms(
         origins[target] = where
         notice(f"{where}: `{key}` is read as `{target}`")
     return values, origins
+
+
+def _is_free(key: str, valid: set[str]) -> bool:
+    """Whether the key lies in a mapping whose keys are the user's own, such as data.columns or a search space."""
+    parts = key.split(".")
+    above = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return any(name in valid and not any(other.startswith(f"{name}.") for other in valid) for name in above)
 
 
 def _leaf_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -60,7 +60,7 @@ class JudgeConfig(StrictModel):
 class EvaluationConfig(StrictModel):
     """How `heliostat evaluate` scores a model on the test split."""
 
-    metrics: list[MetricName] = Field(default_factory=lambda: ["exact_match"], min_length=1)
+    metrics: list[MetricName] = Field(["exact_match"], min_length=1)
     """What generated answers are scored by; loss, perplexity and token accuracy always come along."""
     labels: list[str] | None = None
     """The label set of accuracy and macro F1; default: the labels that occur among the references."""

@@ -1,24 +1,34 @@
-"""Score a model on rows of data: likelihood of the references, and exact match of what it generates. Knows no files."""
+"""Score a model on rows of data: the likelihood of the references, and metrics of what it generates. Knows no files.
 
-from collections.abc import Callable, Sequence
+The work is cut into pieces (packed rows, batches of prompts) that are the same wherever they are done, so this process
+and Ray actors (`actors`) come to equal results.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.nn import functional
+from transformers import GenerationConfig
 
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
+from heliostat.data.formats import ChatTemplate
 from heliostat.data.packing import IGNORED, PackedDataset, collate
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder, TokenDataset, encode
 from heliostat.errors import DataError
-from heliostat.evaluation import metrics
-from heliostat.evaluation.config import GenerationSettings
-from heliostat.evaluation.generate import generate, generation_config
+from heliostat.evaluation import bootstrap, generate, metrics
+from heliostat.evaluation.bootstrap import Interval
+from heliostat.evaluation.config import EvaluationConfig, GenerationSettings
+from heliostat.evaluation.metrics import Example, Metric
+from heliostat.evaluation.prefix import PromptPrefix
+from heliostat.models import base
 from heliostat.models.base import InferenceModel
 
 Advance = Callable[[int], None]
+Decoding: TypeAlias = GenerationConfig | GenerationSettings | None
 
 
 @dataclass(frozen=True)
@@ -27,91 +37,283 @@ class Scores:
 
     n: int
     metrics: dict[str, float]
+    """Loss, perplexity, token accuracy, and the chosen metrics, but those that scored no row at all."""
+    intervals: dict[str, Interval]
+    """Bootstrap intervals of the chosen metrics."""
+    unscored: dict[str, int]
+    """Rows that a metric could not score; only of metrics with such rows."""
     groups: dict[str, dict[str, float]]
     """Exact match and n by the value of the `group_by` column."""
-    predictions: list[str]
-    references: list[str]
+    examples: list[Example]
+    per_example: dict[str, list[float]]
+    """The chosen metrics of each row by itself; NaN where it could not be scored."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, in a form that any process can load."""
+
+    path: str
+    """A bundle, model folder or reference."""
+    untrained_seed: int | None = None
+    """Not None: the random weights of this seed instead of the stored ones."""
+    chat_template: str | None = None
+    """Instead of the model's own."""
+
+    def load(self, device: str = "cpu") -> InferenceModel:
+        """The model, ready to generate.
+
+        Raises:
+            ModelError: it does not exist, is damaged, or must not be trusted.
+        """
+        if self.untrained_seed is None:
+            loaded = base.load_for_inference(self.path, device=device)
+        else:
+            loaded = base.load_untrained(base.resolve(self.path), seed=self.untrained_seed)
+            loaded.model.to(device)
+        if self.chat_template is not None:
+            loaded.tokenizer.chat_template = self.chat_template
+        return loaded
+
+
+class Runner(Protocol):
+    """Something that has a model and works with it: `Local`, or a pool of Ray actors."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that the model's tokenizer has."""
+        ...
+
+    def likelihood(self, rows: Sequence[Row], data: DataConfig) -> dict[str, float]:
+        """As the function `likelihood`."""
+        ...
+
+    def predict(
+        self, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, advance: Advance
+    ) -> list[Example]:
+        """As the function `predict`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model in this process."""
+
+    loaded: InferenceModel
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that the model's tokenizer has."""
+        template: str | None = self.loaded.tokenizer.chat_template
+        return template
+
+    def likelihood(self, rows: Sequence[Row], data: DataConfig) -> dict[str, float]:
+        """As the function `likelihood`."""
+        return likelihood(self.loaded, rows, data)
+
+    def predict(
+        self, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, advance: Advance
+    ) -> list[Example]:
+        """As the function `predict`."""
+        return predict(self.loaded, rows, data, config, batch_size=batch_size, advance=advance)
 
 
 def evaluate(
-    loaded: InferenceModel,
+    runner: Runner,
     rows: Sequence[Row],
     data: DataConfig,
-    settings: GenerationSettings | None,
+    settings: Decoding,
+    config: EvaluationConfig,
     *,
-    batch_size: int,
-    group_by: str | None = None,
     advance: Advance = lambda done: None,
 ) -> Scores:
-    """Loss, perplexity and token accuracy; for all formats but `text` also exact match of the generated completions.
+    """Loss, perplexity and token accuracy; for all formats but `text` also the metrics of generated completions.
 
     `settings` None decodes by the model's own defaults. `advance` is told how many rows were generated for.
 
     Raises:
         DataError: a row is wrong, or has no `group_by` column.
+        ConfigError: a metric lacks its settings.
     """
-    scores = likelihood(loaded, rows, data)
     if data.format == "text":
-        return Scores(len(rows), scores, {}, [], [])
-    predictions, references = predict(loaded, rows, data, settings, batch_size=batch_size, advance=advance)
-    scores["exact_match"] = metrics.exact_match(predictions, references)
-    groups = metrics.exact_match_by_group(predictions, references, _groups(rows, group_by)) if group_by else {}
-    return Scores(len(rows), scores, groups, predictions, references)
+        return Scores(len(rows), runner.likelihood(rows, data), {}, {}, {}, [], {})
+    groups = _groups(rows, config.group_by) if config.group_by else {}
+    # Before the work: wrong settings should not cost hours.
+    references = [_reference(row, data) for row in rows]
+    chosen = metrics.build(config.metrics, labels=config.labels, judge=config.judge, references=references)
+    likelihoods = runner.likelihood(rows, data)
+    examples = runner.predict(rows, data, settings, batch_size=config.batch_size, advance=advance)
+    return summarise(likelihoods, examples, chosen, groups, config.confidence)
+
+
+def summarise(
+    likelihoods: Mapping[str, float],
+    examples: list[Example],
+    chosen: Sequence[Metric],
+    groups: Mapping[str, list[int]],
+    confidence: float,
+) -> Scores:
+    """The scores of the examples; `groups` holds the indices of each group's examples."""
+    statistics = {metric.name: metric.statistics(examples) for metric in chosen}
+    unscored = {name: int((~metrics.scored(rows)).sum()) for name, rows in statistics.items()}
+    usable = [metric for metric in chosen if unscored[metric.name] < len(examples)]
+    matches = [metrics.exact_match(example) for example in examples]
+    return Scores(
+        n=len(examples),
+        metrics={**likelihoods, **{m.name: metrics.score(m, statistics[m.name]) for m in usable}},
+        intervals={m.name: bootstrap.interval(m, statistics[m.name], confidence=confidence) for m in usable},
+        unscored={name: count for name, count in unscored.items() if count},
+        groups={
+            name: {"exact_match": sum(matches[index] for index in indices) / len(indices), "n": len(indices)}
+            for name, indices in groups.items()
+        },
+        examples=examples,
+        per_example={m.name: metrics.scores_of_examples(m, statistics[m.name]).tolist() for m in chosen},
+    )
 
 
 def likelihood(loaded: InferenceModel, rows: Sequence[Row], data: DataConfig) -> dict[str, float]:
     """Mean next-token loss in nats, its perplexity, and how often the most likely token is the reference's."""
-    encoded = encode(rows, loaded.tokenizer, data)
-    tokens = TokenDataset(encoded.input_ids, encoded.loss_mask, encoded.offsets, {})
-    packed = PackedDataset(tokens, data.max_length, packing=True)
-    loss = hits = count = 0.0
-    for index in range(len(packed)):
-        row_loss, row_hits, row_count = _row_likelihood(loaded, packed, index)
-        loss, hits, count = loss + row_loss, hits + row_hits, count + row_count
+    work = LikelihoodWork(loaded, rows, data)
+    return mean_likelihood([work.row(number) for number in range(len(work))])
+
+
+RowLikelihood = tuple[float, int, int]
+"""Summed loss, correct tokens and learned tokens of one packed row."""
+
+
+class LikelihoodWork:
+    """The likelihood of rows of data, in pieces: packed rows, the same on every machine."""
+
+    def __init__(self, loaded: InferenceModel, rows: Sequence[Row], data: DataConfig) -> None:
+        encoded = encode(rows, loaded.tokenizer, data)
+        tokens = TokenDataset(encoded.input_ids, encoded.loss_mask, encoded.offsets, {})
+        self._packed = PackedDataset(tokens, data.max_length, packing=True)
+        self._loaded = loaded
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def row(self, number: int) -> RowLikelihood:
+        """What the packed row adds to the sums."""
+        model, pad = self._loaded.model, self._loaded.tokenizer.pad_token_id
+        batch: dict[str, Any] = collate([self._packed.row(number)], pad, flatten=False)
+        labels = batch.pop("labels")[0, 1:].to(model.device)
+        with torch.inference_mode():
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            logits = model(**inputs, use_cache=False).logits[0, :-1].float()
+        learned = labels != IGNORED
+        loss = functional.cross_entropy(logits[learned], labels[learned], reduction="sum")
+        return loss.item(), int((logits.argmax(-1) == labels)[learned].sum()), int(learned.sum())
+
+
+def mean_likelihood(parts: Sequence[RowLikelihood]) -> dict[str, float]:
+    """Loss, perplexity and token accuracy over all packed rows."""
+    loss, hits, count = (sum(part[place] for part in parts) for place in range(3))
     mean = loss / max(1, count)
     return {"loss": mean, "perplexity": metrics.perplexity(mean), "token_accuracy": hits / max(1, count)}
-
-
-def _row_likelihood(loaded: InferenceModel, packed: PackedDataset, index: int) -> tuple[float, int, int]:
-    """Summed loss, correct tokens and learned tokens of one packed row."""
-    batch: dict[str, Any] = collate([packed.row(index)], loaded.tokenizer.pad_token_id, flatten=False)
-    labels = batch.pop("labels")[0, 1:].to(loaded.model.device)
-    with torch.inference_mode():
-        inputs = {name: value.to(loaded.model.device) for name, value in batch.items()}
-        logits = loaded.model(**inputs, use_cache=False).logits[0, :-1].float()
-    learned = labels != IGNORED
-    loss = functional.cross_entropy(logits[learned], labels[learned], reduction="sum")
-    return loss.item(), int((logits.argmax(-1) == labels)[learned].sum()), int(learned.sum())
 
 
 def predict(
     loaded: InferenceModel,
     rows: Sequence[Row],
     data: DataConfig,
-    settings: GenerationSettings | None,
+    config: Decoding,
     *,
     batch_size: int,
+    seed: int = 0,
+    prefix: PromptPrefix | None = None,
     advance: Advance = lambda done: None,
-) -> tuple[list[str], list[str]]:
-    """Generated completions and the references, in the order of the rows."""
-    template = formats.chat_template(loaded.tokenizer, data)
-    pairs = [formats.prompt_of(row, data, template) for row in rows]
-    outputs = generate(
-        loaded.model,
-        DocumentEncoder(loaded.tokenizer, data).prompts([prompt for prompt, _ in pairs]),
-        config=generation_config(loaded.model, settings),
-        pad_token_id=loaded.tokenizer.pad_token_id,
-        batch_size=batch_size,
-        advance=advance,
-    )
-    texts = loaded.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-    return texts, [reference for _, reference in pairs]
+) -> list[Example]:
+    """What the model generates for each row, in the order of the rows.
+
+    `config` None decodes by the model's own defaults, GenerationSettings go on top of those, and a GenerationConfig is
+    all there is. `prefix` None is the bundle's own. Prompts of similar length share batches.
+
+    Raises:
+        DataError: a row is wrong, or its prompt leaves no position for an answer.
+    """
+    work = PredictionWork(loaded, rows, data, config, batch_size=batch_size, seed=seed, prefix=prefix)
+    found: dict[int, Example] = {}
+    for number in range(len(work)):
+        done = work.batch(number)
+        found |= done
+        advance(len(done))
+    return [found[index] for index in range(len(rows))]
 
 
-def _groups(rows: Sequence[Row], column: str) -> list[str]:
-    for row in rows:
+class PredictionWork:
+    """The predictions for rows of data, in pieces: batches of prompts, the same on every machine."""
+
+    def __init__(
+        self,
+        loaded: InferenceModel,
+        rows: Sequence[Row],
+        data: DataConfig,
+        config: Decoding,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        prefix: PromptPrefix | None = None,
+    ) -> None:
+        own = PromptPrefix.of(loaded.manifest) if prefix is None else prefix
+        template = formats.chat_template(loaded.tokenizer, data)
+        self._loaded, self._seed = loaded, seed
+        self._texts = [_texts(row, data, template, own) for row in rows]
+        self._ids = DocumentEncoder(loaded.tokenizer, data).prompts([asked for _, asked, _ in self._texts])
+        self._config = (
+            config if isinstance(config, GenerationConfig) else generate.generation_config(loaded.model, config)
+        )
+        self._batches = generate.batches(loaded.model, self._ids, self._config, batch_size)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, number: int) -> dict[int, Example]:
+        """The examples of one batch, by the index of their row."""
+        batch, tokenizer = self._batches[number], self._loaded.tokenizer
+        prompts = [self._ids[index] for index in batch.prompts]
+        options = {"config": self._config, "pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer}
+        outputs = generate.generate_batch(self._loaded.model, prompts, batch, seed=self._seed, **options)
+        texts = generate.decode(tokenizer, outputs, self._config)
+        return {
+            index: Example(self._texts[index][0], text, self._texts[index][2], len(output))
+            for index, text, output in zip(batch.prompts, texts, outputs, strict=True)
+        }
+
+
+def _texts(row: Row, data: DataConfig, template: ChatTemplate | None, prefix: PromptPrefix) -> tuple[str, str, str]:
+    """(the row's own prompt, the prompt with the prefix before it, reference)."""
+    prompt, reference = formats.prompt_of(row, data, template)
+    if template is None:
+        return prompt, prefix.text() + prompt, reference
+    if prefix == PromptPrefix():
+        return prompt, prompt, reference
+    messages = formats.parse_messages(row, data)
+    asked = prefix.messages(messages[: _last_answer(messages)])
+    return prompt, template.render([dict(message) for message in asked], generation_prompt=True), reference
+
+
+def _reference(row: Row, data: DataConfig) -> str:
+    """The reference of a row, without the model's template."""
+    if data.format != "chat":
+        return formats.prompt_of(row, data, None)[1]
+    messages = formats.parse_messages(row, data)
+    return str(messages[_last_answer(messages)]["content"])
+
+
+def _last_answer(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the last assistant message; 0 if there is none."""
+    return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+
+
+def _groups(rows: Sequence[Row], column: str) -> dict[str, list[int]]:
+    """Indices of the rows by the value of the column, in the order of the values."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
         if column not in row.fields:
             raise DataError(
                 f"{row.origin}: evaluation.group_by: has no column `{column}`; it has {', '.join(row.fields)}"
             )
-    return [str(row.fields[column]) for row in rows]
+        groups.setdefault(str(row.fields[column]), []).append(index)
+    return dict(sorted(groups.items()))

@@ -1,14 +1,18 @@
 """Batched generation with `transformers.generate`. Knows token ids and decoding settings, not tasks or metrics."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
 from heliostat.errors import DataError
 from heliostat.evaluation.config import GenerationSettings
+
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def generation_config(model: Any, settings: GenerationSettings | None) -> GenerationConfig:
@@ -17,7 +21,7 @@ def generation_config(model: Any, settings: GenerationSettings | None) -> Genera
     base = model.generation_config.to_dict()
     if changes.get("do_sample") is False:
         # Left-over sampling settings would only make transformers warn.
-        base.update({"temperature": None, "top_k": None, "top_p": None, "min_p": None})
+        base.update(dict.fromkeys(SAMPLING_SETTINGS))
     return GenerationConfig.from_dict({**base, **changes})
 
 
@@ -29,27 +33,93 @@ def generate(
     pad_token_id: int,
     batch_size: int,
     seed: int = 0,
+    tokenizer: Any = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """Continuations of token id prompts, in their order, without prompt, padding and end token.
 
     A continuation has at most `config.max_new_tokens` tokens (default: that of GenerationSettings), and no more than
-    the model has positions left after the prompt. Prompts of similar length share a batch, left-padded. `advance` is
-    told how many prompts were finished.
+    the model has positions left after the prompt. Prompts of similar length share a batch, left-padded. `tokenizer` is
+    needed for `config.stop_strings`; a continuation then ends with the token that completes one (see `decode`).
+    `advance` is told how many prompts were finished.
 
     Raises:
         DataError: a prompt has no token, or leaves no position for a new one.
     """
-    torch.manual_seed(seed)
-    limits = _new_token_limits(model, prompts, config.max_new_tokens or GenerationSettings().max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts]
-    for limit, batch in _batches(prompts, limits, batch_size):
-        changes = {"max_new_tokens": limit, "pad_token_id": pad_token_id}
-        limited = GenerationConfig.from_dict({**config.to_dict(), **changes})
-        for index, tokens in zip(batch, _generate_batch(model, [prompts[i] for i in batch], limited), strict=True):
+    for batch in batches(model, prompts, config, batch_size):
+        inputs = [prompts[index] for index in batch.prompts]
+        options = {"config": config, "pad_token_id": pad_token_id, "tokenizer": tokenizer}
+        outputs = generate_batch(model, inputs, batch, seed=seed, **options)
+        for index, tokens in zip(batch.prompts, outputs, strict=True):
             results[index] = tokens
-        advance(len(batch))
+        advance(len(outputs))
     return results
+
+
+def decode(tokenizer: Any, outputs: Sequence[Sequence[int]], config: GenerationConfig) -> list[str]:
+    """The texts of continuations, without special tokens, each up to the first of `config.stop_strings` in it."""
+    texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+    return [text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))] for text in texts]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are continued together."""
+
+    number: int
+    prompts: list[int]
+    """Their indices."""
+    max_new_tokens: int
+
+
+def batches(model: Any, prompts: Sequence[list[int]], config: GenerationConfig, size: int) -> list[Batch]:
+    """Which prompts are continued together, by their lengths: the same on every machine.
+
+    Only prompts of one limit share a batch, so that none is cut for its neighbours. Where n-grams must not repeat, only
+    prompts of one length do: padding would make n-grams too.
+
+    Raises:
+        DataError: as `generate`.
+    """
+    limits = _new_token_limits(model, prompts, config.max_new_tokens or GenerationSettings().max_new_tokens)
+    unpadded = bool(config.no_repeat_ngram_size)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = []
+    for (limit, _), group in groupby(order, key=lambda i: (limits[i], unpadded and len(prompts[i]))):
+        indices = list(group)
+        found += [(indices[start : start + size], limit) for start in range(0, len(indices), size)]
+    return [Batch(number, indices, limit) for number, (indices, limit) in enumerate(found)]
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[list[int]],
+    batch: Batch,
+    *,
+    config: GenerationConfig,
+    pad_token_id: int,
+    seed: int,
+    tokenizer: Any,
+) -> list[list[int]]:
+    """Continuations of the batch's `prompts`. What is sampled follows from the seed and the batch's number alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, batch.number]).generate_state(1)[0]))
+    changes = {"max_new_tokens": batch.max_new_tokens, "pad_token_id": pad_token_id, "num_return_sequences": 1}
+    limited = GenerationConfig.from_dict({**config.to_dict(), **changes})
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    # The mask hides the padding from the model, but not from a repetition penalty: a token of the prompt is neutral.
+    rows = [[prompt[0]] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=limited,
+            tokenizer=tokenizer if limited.stop_strings else None,
+        )
+    return [_until_end(row[longest:].tolist(), limited) for row in output]
 
 
 def _new_token_limits(model: Any, prompts: Sequence[list[int]], wanted: int) -> list[int]:
@@ -66,28 +136,10 @@ def _new_token_limits(model: Any, prompts: Sequence[list[int]], wanted: int) -> 
     return [wanted if positions is None else min(wanted, positions - len(prompt)) for prompt in prompts]
 
 
-def _batches(prompts: Sequence[list[int]], limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """(new tokens, indices of prompts): only prompts of one limit share a batch, so none is cut for its neighbours."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for limit, group in groupby(order, key=lambda i: limits[i]):
-        indices = list(group)
-        yield from ((limit, indices[start : start + size]) for start in range(0, len(indices), size))
-
-
-def _generate_batch(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    rows = [[config.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            generation_config=config,
-        )
-    return [_until_end(row[longest:].tolist(), config) for row in output]
-
-
 def _until_end(tokens: list[int], config: GenerationConfig) -> list[int]:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return next((tokens[:i] for i, token in enumerate(tokens) if token in ends), tokens)
+    kept = next((tokens[:i] for i, token in enumerate(tokens) if token in ends), tokens)
+    # Padding without an end token: a stop string came first.
+    while config.stop_strings and kept and kept[-1] == config.pad_token_id:
+        kept = kept[:-1]
+    return kept

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from heliostat.data import formats, splits
+from heliostat.data import splits
 from heliostat.data.records import Row
 from heliostat.errors import DataError
 from heliostat.evaluation import evaluator
@@ -43,7 +43,7 @@ def score(
             **_flat(_evaluate(config, baseline, rows, console, "baseline")),
         }
     if predictions:
-        _write_predictions(Path(predictions), config, loaded, rows, scores)
+        _write_predictions(Path(predictions), scores)
     if resolved.name and resolved.version:
         versions.log_evaluation(resolved.name, resolved.version, scores.metrics)
     return result
@@ -79,12 +79,11 @@ def _evaluate(config: ExperimentConfig, loaded: InferenceModel, rows: list[Row],
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"evaluating {what}", total=len(rows))
         return evaluator.evaluate(
-            loaded,
+            evaluator.Local(loaded),
             rows,
             config.data,
             config.generation,
-            batch_size=config.evaluation.batch_size,
-            group_by=config.evaluation.group_by,
+            config.evaluation,
             advance=lambda done: bar.advance(task, done),
         )
 
@@ -103,14 +102,10 @@ def _baseline(config: ExperimentConfig, loaded: InferenceModel) -> InferenceMode
     return baseline
 
 
-def _write_predictions(
-    path: Path, config: ExperimentConfig, loaded: InferenceModel, rows: list[Row], scores: Scores
-) -> None:
-    template = formats.chat_template(loaded.tokenizer, config.data)
-    prompts = [formats.prompt_of(row, config.data, template)[0] for row in rows]
+def _write_predictions(path: Path, scores: Scores) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        for prompt, reference, prediction in zip(prompts, scores.references, scores.predictions, strict=False):
-            line = {"prompt": prompt, "reference": reference, "prediction": prediction}
+        for example in scores.examples:
+            line = {"prompt": example.prompt, "reference": example.reference, "prediction": example.prediction}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.rename(temporary, path)

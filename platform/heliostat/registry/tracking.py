@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils import validation as limits
+from mlflow.utils.time import get_current_time_millis
 
 from heliostat import journal
 from heliostat.config import Notice
@@ -165,21 +166,16 @@ class Tracker:
         return True
 
     def _create_run(self, client: MlflowClient) -> None:
-        tags = {"mlflow.user": store.user(), "mlflow.source.name": "heliostat", **self._tags}
-        cut = {_valid_key(key): str(value)[: limits.MAX_TAG_VAL_LENGTH] for key, value in tags.items()}
-        run = client.create_run(
-            store.experiment_id(self._experiment), tags={**cut, _KEY_TAG: self._progress.key}, run_name=self._run_name
-        )
-        self._progress.run_id = run.info.run_id
+        tags = {**self._tags, _KEY_TAG: self._progress.key}
+        self._progress.run_id = _create_run(client, self._experiment, self._run_name, tags)
         self._save()
 
     def _log_params(self, client: MlflowClient) -> None:
         """Log the params once: MLflow refuses a changed value, and a resumed run may have other workers."""
         if self._progress.params_logged:
             return
-        params = [Param(key, value[: limits.MAX_PARAM_VAL_LENGTH]) for key, value in flatten(self._params).items()]
         try:
-            client.log_batch(self._progress.run_id, params=params, synchronous=True)  # in requests of 100 params
+            _log_params(client, str(self._progress.run_id), self._params)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
@@ -199,6 +195,39 @@ class Tracker:
         temporary = self._progress_file.with_name(f".{PROGRESS}.tmp")
         temporary.write_text(json.dumps(asdict(self._progress)), encoding="utf-8")
         os.replace(temporary, self._progress_file)
+
+
+def start_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    """Create a run for work that keeps no journal, such as a search or an evaluation. Params may be nested.
+
+    Returns:
+        The run's id; `end_run` ends it.
+
+    Raises:
+        RegistryError: the store failed; so for the functions below.
+    """
+    with store.failures(f"the run {name} cannot be created"):
+        client = store.client()
+        run_id = _create_run(client, experiment, name, tags)
+        _log_params(client, run_id, params)
+    return run_id
+
+
+def end_run(run_id: str, status: Status = "FINISHED") -> None:
+    """Say how the run ended."""
+    with store.failures(f"the run {run_id} cannot be ended"):
+        store.client().set_terminated(run_id, status)
+
+
+def _create_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+    tags = {"mlflow.user": store.user(), "mlflow.source.name": "heliostat", **tags}
+    cut = {_valid_key(key): str(value)[: limits.MAX_TAG_VAL_LENGTH] for key, value in tags.items()}
+    return str(client.create_run(store.experiment_id(experiment), tags=cut, run_name=name).info.run_id)
+
+
+def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    cut = [Param(key, value[: limits.MAX_PARAM_VAL_LENGTH]) for key, value in flatten(params).items()]
+    client.log_batch(run_id, params=cut, synchronous=True)  # in requests of 100 params
 
 
 def _new_metrics(rows: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> Iterator[Metric]:
@@ -229,12 +258,23 @@ def _valid_key(name: str) -> str:
     return re.sub(r"[^\w\-./ ]", "_", name)[: limits.MAX_ENTITY_KEY_LENGTH]
 
 
-def log_figure(run_id: str, name: str, figure: Figure) -> None:
-    """Save the figure as the run's artifact `NAME.png`.
+def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+    """Log the metrics that are finite."""
+    now = get_current_time_millis()
+    batch = [Metric(_valid_key(name), value, now, step) for name, value in metrics.items() if math.isfinite(value)]
+    with store.failures("the metrics cannot be logged"):
+        store.client().log_batch(run_id, metrics=batch, synchronous=True)
 
-    Raises:
-        RegistryError: the store failed; so for the functions below.
-    """
+
+def log_table(run_id: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Save rows of the same keys as the run's table `name`, such as predictions.json, which MLflow shows as one."""
+    columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+    with store.failures(f"{name} cannot be logged"):
+        store.client().log_table(run_id, columns, name)
+
+
+def log_figure(run_id: str, name: str, figure: Figure) -> None:
+    """Save the figure as the run's artifact `NAME.png`."""
     with store.failures(f"the figure {name} cannot be logged"):
         store.client().log_figure(run_id, figure, f"{name}.png", save_kwargs={"dpi": 150})
 

@@ -13,12 +13,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from heliostat import __version__
 from heliostat.errors import ConfigError, HeliostatError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from heliostat.experiment import ExperimentConfig
@@ -179,39 +181,74 @@ def _show_evaluate(result: Result) -> str:
 
 
 def _promote_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="the registered model")
+    parser.add_argument("name", metavar="NAME|CONFIG", help="the registered model, or the experiment's YAML file")
     parser.add_argument("--version", help="default: the version with the alias `challenger`")
-    parser.add_argument(
-        "--metric", help="recorded score that must not be worse than the champion's, such as exact_match"
-    )
+    parser.add_argument("--config", help="YAML file whose `promotion` section gives the gates of the model NAME")
+    parser.add_argument("--metric", help="one more gate: a recorded score that must not be worse than the champion's")
     parser.add_argument("--lower-is-better", action="store_true", help="the metric is a loss")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="how much worse it may be")
-    parser.add_argument("--reason", default="", help="kept in the audit record")
+    parser.add_argument("--tolerance", type=_not_negative, default=0.0, help="how much worse it may be")
+    parser.add_argument("--reason", default="", help="kept in the promotion log")
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
 
 
 def _promote(options: argparse.Namespace) -> Result:
-    from heliostat.models import bundle
+    from heliostat import experiment
     from heliostat.registry import promotion
+    from heliostat.registry.config import Gate, PromotionConfig
 
-    def verify(folder: Any) -> None:
-        bundle.verify(folder)
-
+    path = options.config or (options.name if _is_config(options.name) else None)
+    config = experiment.load(path) if path else None
+    settings = config.promotion if config else PromotionConfig()
+    gates = [*settings.gates, *(Gate(metric=metric) for metric in settings.no_regression)]
+    if options.metric is not None:
+        mode: Literal["max", "min"] = "min" if options.lower_is_better else "max"
+        gates.append(Gate(metric=options.metric, mode=mode, tolerance=options.tolerance))
     return asdict(
         promotion.promote(
-            options.name,
+            config.registered_model_name if config and _is_config(options.name) else options.name,
             options.version,
-            verify=verify,
-            metric=options.metric,
-            greater_is_better=not options.lower_is_better,
-            tolerance=options.tolerance,
+            verify=lambda folder: _prove(folder, settings.parity_prompts, config),
+            gates=gates,
             reason=options.reason,
+            config=path or "CONFIG",
         )
     )
+
+
+def _prove(folder: "Path", parity_prompts: int, config: "ExperimentConfig | None" = None) -> None:
+    """Raise unless the bundle is whole and, where that is asked for, the endpoint's engine decodes it right."""
+    from heliostat.models import bundle
+
+    bundle.verify(folder)
+    if parity_prompts:
+        from heliostat.serving import parity
+
+        args = config.serving if config else None
+        parity.check(folder, parity.prompts_for(folder, parity_prompts, config), args)
 
 
 def _show_promote(result: Result) -> str:
     before = f" (before: version {result['previous']})" if result["previous"] else ""
     return f"models:/{result['name']}@champion is version {result['version']}{before}"
+
+
+def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME|CONFIG", help="the registered model, or the experiment's YAML file")
+    parser.add_argument("--reason", default="", help="kept in the promotion log")
+
+
+def _rollback(options: argparse.Namespace) -> Result:
+    from heliostat import experiment
+    from heliostat.registry import promotion
+
+    name = experiment.load(options.name).registered_model_name if _is_config(options.name) else options.name
+    return asdict(promotion.rollback(name, options.reason, verify=lambda folder: _prove(folder, 0)))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -335,6 +372,7 @@ COMMANDS: dict[str, Command] = {
     "promote": Command(
         "make a version the champion, if it passes the gates", _promote_arguments, _promote, _show_promote
     ),
+    "rollback": Command("make the champion before the champion again", _rollback_arguments, _rollback, _show_promote),
     "serve": Command("serve a model behind an OpenAI-compatible endpoint", _target_arguments, _serve, _show_serve),
     "generate": Command(
         "complete prompts from the command line or stdin", _generate_arguments, _generate, _show_generate

@@ -2,12 +2,15 @@
 
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from heliostat.errors import GateRefused, ModelError, RegistryError
 from heliostat.registry import store, versions
-from heliostat.registry.promotion import promote
+from heliostat.registry.audit import PromotionLog
+from heliostat.registry.config import Gate
+from heliostat.registry.promotion import Comparison, Promotion, promote, rollback
 
 pytestmark = pytest.mark.usefixtures("module_store")
 
@@ -29,6 +32,11 @@ def name(tmp_path: Path) -> str:
 def sound(folder: Path) -> None:
     """A check that every bundle of these tests passes."""
     assert (folder / "weights").exists()
+
+
+def champions(model: str) -> tuple[str | None, str | None]:
+    known = versions.aliases(model)
+    return known.get("champion"), known.get("previous_champion")
 
 
 def test_the_challenger_becomes_champion_and_the_record_says_so(name: str) -> None:
@@ -60,7 +68,7 @@ def test_a_bundle_that_fails_its_check_is_refused(name: str) -> None:
         seen.append((folder / "weights").read_text())
         raise ModelError("weights: is damaged")
 
-    with pytest.raises(GateRefused, match="not promoted: weights: is damaged") as refused:
+    with pytest.raises(GateRefused, match="not made champion: weights: is damaged") as refused:
         promote(name, verify=damaged)
     assert refused.value.exit_code == 3
     assert seen == ["2"]
@@ -68,35 +76,49 @@ def test_a_bundle_that_fails_its_check_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "greater_is_better", "tolerance", "passes"),
+    ("first", "second", "mode", "tolerance", "passes"),
     [
-        (0.8, 0.9, True, 0.0, True),
-        (0.8, 0.8, True, 0.0, True),
-        (0.8, 0.7, True, 0.0, False),
-        (0.8, 0.7, True, 0.1, True),
-        (0.8, 0.6, True, 0.1, False),
-        (2.0, 1.5, False, 0.0, True),
-        (2.0, 2.5, False, 0.0, False),
-        (2.0, 2.5, False, 1.0, True),
+        (0.8, 0.9, "max", 0.0, True),
+        (0.8, 0.8, "max", 0.0, True),
+        (0.8, 0.7, "max", 0.0, False),
+        (0.8, 0.7, "max", 0.1, True),
+        (0.8, 0.6, "max", 0.1, False),
+        (2.0, 1.5, "min", 0.0, True),
+        (2.0, 2.5, "min", 0.0, False),
+        (2.0, 2.5, "min", 1.0, True),
     ],
 )
 def test_the_score_decides(
-    name: str, first: float, second: float, greater_is_better: bool, tolerance: float, passes: bool
+    name: str, first: float, second: float, mode: Literal["max", "min"], tolerance: float, passes: bool
 ) -> None:
     versions.set_alias(name, "champion", "1")
-    versions.log_evaluation(name, "1", {"score": first})
-    versions.log_evaluation(name, "2", {"score": second})
+    versions.log_evaluation(name, "1", {"score": first, "other": 1.0})
+    versions.log_evaluation(name, "2", {"score": second, "other": 2.0})
+    gates = [Gate(metric="other"), Gate(metric="score", mode=mode, tolerance=tolerance)]
     if passes:
-        promotion = promote(
-            name, "2", verify=sound, metric="score", greater_is_better=greater_is_better, tolerance=tolerance
-        )
-        assert (promotion.score, promotion.previous_score) == (second, first)
+        promotion = promote(name, "2", verify=sound, gates=gates)
+        assert promotion.scores == (Comparison("other", 2.0, 1.0), Comparison("score", second, first))
         assert versions.aliases(name)["champion"] == "2"
+        entry = PromotionLog.open(name).read().entries[-1]
+        assert entry.metrics == {"score": second, "other": 2.0}
+        assert entry.previous_metrics == {"score": first, "other": 1.0}
         return
     with pytest.raises(GateRefused, match=f"score is {second:g}, the champion's .version 1. is {first:g}"):
-        promote(name, "2", verify=sound, metric="score", greater_is_better=greater_is_better, tolerance=tolerance)
+        promote(name, "2", verify=sound, gates=gates)
     assert versions.aliases(name)["champion"] == "1"
     assert "promoted_at" not in versions.get_version(name, "2").tags
+    assert PromotionLog.open(name).read().entries == ()
+
+
+def test_scores_on_other_data_are_not_compared(name: str) -> None:
+    versions.set_alias(name, "champion", "1")
+    versions.log_evaluation(name, "1", {"score": 0.1}, data="old")
+    versions.log_evaluation(name, "2", {"score": 0.9}, data="new")
+    with pytest.raises(GateRefused, match=f"`heliostat evaluate a.yaml --model models:/{name}/1`"):
+        promote(name, verify=sound, metric="score", config="a.yaml")
+    assert versions.aliases(name)["champion"] == "1"
+    versions.log_evaluation(name, "1", {"score": 0.2}, data="new")
+    assert promote(name, verify=sound, metric="score").scores == (Comparison("score", 0.9, 0.2),)
 
 
 def test_a_score_that_is_not_recorded_refuses(name: str) -> None:
@@ -111,7 +133,7 @@ def test_a_score_that_is_not_recorded_refuses(name: str) -> None:
 def test_without_a_champion_a_recorded_score_is_enough(name: str) -> None:
     versions.log_evaluation(name, "2", {"score": 0.1})
     promotion = promote(name, verify=sound, metric="score")
-    assert (promotion.version, promotion.score, promotion.previous_score) == ("2", 0.1, None)
+    assert promotion == Promotion(name, "2", None, (Comparison("score", 0.1, None),))
 
 
 def test_what_is_not_there_is_a_registry_error(name: str) -> None:
@@ -122,3 +144,77 @@ def test_what_is_not_there_is_a_registry_error(name: str) -> None:
     store.client().delete_registered_model_alias(name, "challenger")
     with pytest.raises(RegistryError, match="has no alias `challenger`"):
         promote(name, verify=sound)
+
+
+def test_a_rollback_goes_back_through_the_champions(name: str) -> None:
+    for version in ("1", "2", "1"):
+        promote(name, version, verify=sound)
+    assert champions(name) == ("1", "2")
+    assert rollback(name, "slow", verify=sound) == Promotion(name, "2", "1")
+    assert champions(name) == ("2", "1")
+    assert versions.get_version(name, "2").tags["promotion_reason"] == "slow"
+    promote(name, "1", verify=sound)
+    for expected in (("2", "1"), ("1", None)):
+        rollback(name, verify=sound)
+        assert champions(name) == expected
+    with pytest.raises(GateRefused, match="version 1 is its first champion"):
+        rollback(name, verify=sound)
+    assert champions(name) == ("1", None)
+    kinds = [entry.kind for entry in PromotionLog.open(name).read().entries]
+    assert kinds == ["promote"] * 3 + ["rollback", "promote", "rollback", "rollback"]
+
+
+def test_nothing_to_go_back_to_is_told(name: str) -> None:
+    with pytest.raises(GateRefused, match="it has no champion"):
+        rollback(name, verify=sound)
+    with pytest.raises(RegistryError, match="no model `nobody`"):
+        rollback("nobody", verify=sound)
+
+
+def test_a_rollback_to_a_damaged_or_deleted_version_changes_nothing(name: str) -> None:
+    promote(name, "1", verify=sound)
+    promote(name, "2", verify=sound)
+
+    def damaged(folder: Path) -> None:
+        raise ModelError(f"{(folder / 'weights').read_text()} is damaged")
+
+    with pytest.raises(GateRefused, match="not made champion: 1 is damaged"):
+        rollback(name, verify=damaged)
+    assert champions(name) == ("2", "1")
+    store.client().delete_model_version(name, "1")
+    with pytest.raises(RegistryError, match="version 1, was deleted; promote another one"):
+        rollback(name, verify=sound)
+    assert champions(name) == ("2", None)
+    assert len(PromotionLog.open(name).read().entries) == 2
+
+
+def test_a_rollback_of_a_champion_that_changed_meanwhile_is_refused(name: str) -> None:
+    promote(name, "1", verify=sound)
+    promote(name, "2", verify=sound)
+
+    def somebody_promotes(folder: Path) -> None:
+        promote(name, "1", verify=sound)
+
+    with pytest.raises(GateRefused, match="its champion was version 2, and became version 1 meanwhile"):
+        rollback(name, verify=somebody_promotes)
+    assert champions(name) == ("1", "2")
+
+
+def test_the_gates_are_asked_again_when_the_champion_changed_meanwhile(name: str) -> None:
+    versions.log_evaluation(name, "1", {"score": 0.9})
+    versions.log_evaluation(name, "2", {"score": 0.5})
+
+    def somebody_promotes(folder: Path) -> None:
+        promote(name, "1", verify=sound)
+
+    with pytest.raises(GateRefused, match=r"score is 0.5, the champion's .version 1. is 0.9"):
+        promote(name, "2", verify=somebody_promotes, metric="score")
+    assert champions(name) == ("1", None)
+
+
+def test_a_deleted_champion_blocks_nobody(name: str) -> None:
+    promote(name, "1", verify=sound)
+    store.client().delete_model_version(name, "1")
+    versions.log_evaluation(name, "2", {"score": 0.5})
+    assert promote(name, "2", verify=sound, metric="score").previous == "1"
+    assert champions(name) == ("2", None)

@@ -1,31 +1,43 @@
-"""Promotion: the alias `champion` moves only through gates, and leaves a record. Knows no metric's meaning."""
+"""Promotion: the champion changes only through gates, or back to one that was. Knows no metric's meaning.
+
+What was decided is decided against the newest entry of the promotion log (`registry/audit.py`): where another process
+promotes at the same moment, one of the two comes second, and passes the gates again, against the new champion.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
-from heliostat.errors import GateRefused, HeliostatError
-from heliostat.registry import store, versions
+from heliostat.errors import GateRefused, HeliostatError, RegistryError
+from heliostat.registry import versions
+from heliostat.registry.audit import Entry, PromotionLog, back_off
+from heliostat.registry.config import Gate
 from heliostat.registry.versions import ModelVersion
 
-CHAMPION = "champion"
 CHALLENGER = "challenger"
-PREVIOUS_CHAMPION = "previous_champion"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A gate that was passed."""
+
+    metric: str
+    score: float
+    previous_score: float | None
+    """The champion's; None if there was none."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """A promotion that took place."""
+    """A promotion or rollback that took place."""
 
     name: str
     version: str
     previous: str | None
-    """The version that was champion before; the same one if nothing had to move; None if there was none."""
-    metric: str | None = None
-    score: float | None = None
-    previous_score: float | None = None
+    """The version that was champion before; the same one if nothing had to change; None if there was none."""
+    scores: tuple[Comparison, ...] = ()
 
 
 def promote(
@@ -33,34 +45,93 @@ def promote(
     version: str | None = None,
     *,
     verify: Callable[[Path], None],
+    gates: Sequence[Gate] = (),
     metric: str | None = None,
-    greater_is_better: bool = True,
-    tolerance: float = 0.0,
     reason: str = "",
+    config: str = "CONFIG",
 ) -> Promotion:
     """Make the version (default: the challenger) the champion, if it passes all gates.
 
     Args:
-        verify: raises a HeliostatError if the bundle in the folder must not be served.
-        metric: score that must be recorded (`versions.log_evaluation`) for the version and the champion, and must not
-            be worse than the champion's by more than `tolerance`. Without a champion it only has to be recorded.
+        verify: raises a HeliostatError if the bundle in the folder must not be served. Called last: it may take long.
+        gates: scores that must be recorded (`versions.log_evaluation`) for the version and the champion, measured on
+            the same data, and be no worse than the champion's by more than the tolerance. Without a champion the
+            version's only have to be recorded.
+        metric: short for one more gate, where higher is better and nothing is tolerated.
+        config: the experiment's file, for the commands that messages tell.
 
     Raises:
         GateRefused: a gate said no; the message holds both scores. Nothing has changed then.
         RegistryError: there is no such model, version or alias, or the store failed.
     """
     candidate = versions.get_version(name, version) if version else versions.version_of_alias(name, CHALLENGER)
-    champion_version = versions.aliases(name).get(CHAMPION)
-    champion = versions.get_version(name, champion_version) if champion_version else None
+    log = PromotionLog.open(name)
+    log.settle()
+    asked = [*gates, *([Gate(metric=metric)] if metric else [])]
+    _compare(candidate, _existing(name, log.read().champion), asked, config)
     _verify(candidate, verify)
-    score = previous_score = None
-    if metric is not None:
-        score = _score(candidate, metric)
-        previous_score = _score(champion, metric) if champion else None
-        _compare(candidate, champion, metric, score, previous_score, greater_is_better, tolerance)
-    if champion is None or champion.version != candidate.version:
-        _move(candidate, champion, reason)
-    return Promotion(name, candidate.version, champion_version, metric, score, previous_score)
+    for lost in count():
+        back_off(lost)
+        history = log.read()
+        champion = history.champion
+        scores = _compare(candidate, _existing(name, champion), asked, config)
+        if champion == candidate.version or log.append(history, _entry(candidate, champion, scores, reason)):
+            break
+    log.settle()
+    return Promotion(name, candidate.version, champion, scores)
+
+
+def rollback(name: str, reason: str = "", *, verify: Callable[[Path], None]) -> Promotion:
+    """Make the champion the one that was before it.
+
+    Rolling back again goes one further; a promotion in between is gone back over in its turn.
+
+    Raises:
+        GateRefused: there is none before it, its bundle must not be served, or the champion changed meanwhile.
+        RegistryError: there is no such model, the version was deleted, or the store failed.
+    """
+    log = PromotionLog.open(name)
+    log.settle()
+    history = log.read()
+    if len(history.champions) < 2:
+        held = f"version {history.champion} is its first champion" if history.champion else "it has no champion"
+        raise GateRefused(f"`{name}` cannot be rolled back: {held}; promote another version instead")
+    *_, previous, champion = history.champions
+    former = versions.find_version(name, previous)
+    if former is None:
+        raise RegistryError(
+            f"`{name}` cannot be rolled back: the champion before, version {previous}, was deleted; "
+            f"promote another one with `heliostat promote {name} --version N`"
+        )
+    _verify(former, verify)
+    for lost in count():
+        back_off(lost)
+        history = log.read()
+        if history.champion != champion:
+            raise GateRefused(
+                f"`{name}` is not rolled back: its champion was version {champion}, and became version "
+                f"{history.champion} meanwhile; look whether that one is what you want"
+            )
+        if log.append(history, Entry("rollback", champion, previous, reason=reason)):
+            break
+    log.settle()
+    return Promotion(name, previous, champion)
+
+
+def _entry(candidate: ModelVersion, champion: str | None, scores: Sequence[Comparison], reason: str) -> Entry:
+    return Entry(
+        "promote",
+        champion,
+        candidate.version,
+        reason=reason,
+        metrics={passed.metric: passed.score for passed in scores},
+        previous_metrics={p.metric: p.previous_score for p in scores if p.previous_score is not None},
+    )
+
+
+def _existing(name: str, champion: str | None) -> ModelVersion | None:
+    """The champion; None where there is none, or it was deleted."""
+    return versions.find_version(name, champion) if champion else None
 
 
 def _verify(candidate: ModelVersion, verify: Callable[[Path], None]) -> None:
@@ -68,49 +139,46 @@ def _verify(candidate: ModelVersion, verify: Callable[[Path], None]) -> None:
     try:
         verify(folder)
     except HeliostatError as error:
-        raise GateRefused(f"{candidate.uri} is not promoted: {error}") from error
+        raise GateRefused(f"{candidate.uri} is not made champion: {error}") from error
 
 
-def _score(version: ModelVersion, metric: str) -> float:
+def _compare(
+    candidate: ModelVersion, champion: ModelVersion | None, gates: Sequence[Gate], config: str
+) -> tuple[Comparison, ...]:
+    return tuple(_pass(candidate, champion, gate, config) for gate in gates)
+
+
+def _pass(candidate: ModelVersion, champion: ModelVersion | None, gate: Gate, config: str) -> Comparison:
+    score = _score(candidate, gate.metric, config)
+    if champion is None:
+        return Comparison(gate.metric, score, None)
+    previous = _score(champion, gate.metric, config)
+    _refuse_other_data(candidate, champion, gate.metric, config)
+    gain = score - previous if gate.mode == "max" else previous - score
+    if gain < -gate.tolerance and not math.isclose(gain, -gate.tolerance):
+        wanted = "at least" if gate.mode == "max" else "at most"
+        raise GateRefused(
+            f"{candidate.uri} is not promoted: its {gate.metric} is {score:g}, the champion's (version "
+            f"{champion.version}) is {previous:g}; wanted is {wanted} that, with a tolerance of {gate.tolerance:g}"
+        )
+    return Comparison(gate.metric, score, previous)
+
+
+def _score(version: ModelVersion, metric: str, config: str) -> float:
     scores = versions.evaluation(version)
     if metric not in scores:
         known = ", ".join(sorted(scores)) or "none"
         raise GateRefused(
-            f"{version.uri} has no score `{metric}` (recorded: {known}); evaluate it with "
-            f"`heliostat evaluate` on the same test split as the other, or name another metric"
+            f"{version.uri} has no score `{metric}` (recorded: {known}); evaluate it on the same test split as the "
+            f"other with `heliostat evaluate {config} --model {version.uri}`, or name another metric"
         )
     return scores[metric]
 
 
-def _compare(
-    candidate: ModelVersion,
-    champion: ModelVersion | None,
-    metric: str,
-    score: float,
-    previous_score: float | None,
-    greater_is_better: bool,
-    tolerance: float,
-) -> None:
-    if champion is None or previous_score is None:
-        return
-    gain = score - previous_score if greater_is_better else previous_score - score
-    if gain < -tolerance and not math.isclose(gain, -tolerance):
-        wanted = "at least" if greater_is_better else "at most"
+def _refuse_other_data(candidate: ModelVersion, champion: ModelVersion, metric: str, config: str) -> None:
+    if versions.evaluation_data(candidate).get(metric, "") != versions.evaluation_data(champion).get(metric, ""):
         raise GateRefused(
-            f"{candidate.uri} is not promoted: its {metric} is {score:g}, the champion's (version {champion.version}) "
-            f"is {previous_score:g}; wanted is {wanted} that, with a tolerance of {tolerance:g}"
+            f"{candidate.uri} is not promoted: its {metric} was measured on other data than the champion's (version "
+            f"{champion.version}); evaluate the champion on this data with `heliostat evaluate {config} "
+            f"--model {champion.uri}`, then promote again"
         )
-
-
-def _move(candidate: ModelVersion, champion: ModelVersion | None, reason: str) -> None:
-    """Write the record, then move the aliases: a champion without a record cannot be."""
-    record = {
-        "promoted_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "promoted_from": champion.version if champion else "",
-        "promoted_by": store.user(),
-        "promotion_reason": reason,
-    }
-    versions.set_tags(candidate.name, candidate.version, record)
-    if champion is not None:
-        versions.set_alias(candidate.name, PREVIOUS_CHAMPION, champion.version)
-    versions.set_alias(candidate.name, CHAMPION, candidate.version)

@@ -8,12 +8,14 @@ import functools
 import getpass
 import logging
 import os
+import random
 import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from mlflow import MlflowClient
@@ -32,6 +34,11 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 _SQLITE = "sqlite:///"
+# Tries of a call, and the longest pause after the first failed one; it doubles each time.
+_ATTEMPTS = 5
+_PAUSE_S = 0.1
+
+T = TypeVar("T")
 
 
 def connect() -> str:
@@ -72,7 +79,7 @@ def experiment_id(name: str) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(mlflow.create_experiment(name, artifact_location=_artifact_location()))
+            return create_experiment(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was quicker
                 raise
@@ -83,6 +90,33 @@ def experiment_id(name: str) -> str:
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or set registry.experiment_name"
         )
     return str(experiment.experiment_id)
+
+
+def create_experiment(name: str) -> str:
+    """The id of a new experiment.
+
+    Raises:
+        MlflowException: there is one of that name, or the store failed.
+    """
+    return str(client().create_experiment(name, artifact_location=_artifact_location()))
+
+
+def attempt(call: Callable[[], T]) -> T:
+    """What `call` returns; where the store failed for the moment (a locked database, 5xx), it is called again.
+
+    So `call` must do no harm when it is done twice.
+
+    Raises:
+        MlflowException: it failed several times, or in a way that does not pass.
+    """
+    for tried in range(_ATTEMPTS - 1):
+        try:
+            return call()
+        except MlflowException as error:
+            if not _may_pass(error):
+                raise
+        time.sleep(random.uniform(0, _PAUSE_S * 2**tried))
+    return call()
 
 
 @contextmanager
@@ -141,6 +175,17 @@ def _embedded() -> str:
 def _artifact_location() -> str | None:
     """Where a new experiment's artifacts go; None: where the server puts them."""
     return state.mlflow_artifacts().as_uri() if connect() == _embedded() else None
+
+
+def _may_pass(error: MlflowException) -> bool:
+    """Whether the same call may succeed a moment later.
+
+    BAD_REQUEST is what MLflow's database stores make of a broken constraint: two clients set a new tag or alias at the
+    same time, both found none, and one was too late to insert it. A server that is away was waited for already.
+    """
+    if _is_unreachable(error):
+        return False
+    return bool(error.error_code == "BAD_REQUEST" or error.get_http_status_code() >= 500)
 
 
 def _is_unreachable(error: BaseException) -> bool:

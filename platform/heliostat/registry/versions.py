@@ -5,6 +5,7 @@ its own into such a folder whenever it is downloaded, and a bundle holds exactly
 """
 
 import difflib
+import functools
 import hashlib
 import math
 import os
@@ -12,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,31 @@ def get_version(name: str, version: str) -> ModelVersion:
     Raises:
         RegistryError: there is no such model or version (the existing ones are named), or the store failed.
     """
+    check_name(name)
+    found = find_version(name, version)
+    if found is not None:
+        return found
     aliases(name)  # a clear error for a model that does not exist
+    with store.failures(f"version {version} of `{name}` cannot be read"):
+        present = store.client().search_model_versions(f"name = '{name}'")
+    known = sorted((int(each.version) for each in present), reverse=True)
+    raise RegistryError(f"`{name}` has no version {version}; versions: {_listing([str(number) for number in known])}")
+
+
+def find_version(name: str, version: str) -> ModelVersion | None:
+    """The version of the model; None if there is none, or no more.
+
+    Raises:
+        RegistryError: the store failed.
+    """
     with store.failures(f"version {version} of `{name}` cannot be read"):
         client = store.client()
         try:
-            return _model_version(client.get_model_version(name, version))
+            return _model_version(store.attempt(lambda: client.get_model_version(name, version)))
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-        known = sorted((int(found.version) for found in client.search_model_versions(f"name = '{name}'")), reverse=True)
-    raise RegistryError(f"`{name}` has no version {version}; versions: {_listing([str(number) for number in known])}")
+    return None
 
 
 def version_of_alias(name: str, alias: str) -> ModelVersion:
@@ -154,20 +171,16 @@ def aliases(name: str) -> dict[str, str]:
     Raises:
         RegistryError: there is no such model (the nearest ones are named), or the store failed.
     """
-    check_name(name)
-    with store.failures(f"the model `{name}` cannot be read"):
-        client = store.client()
-        try:
-            model = client.get_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            known = [found.name for found in client.search_registered_models(max_results=1000)]
-        else:
-            return {alias: str(version) for alias, version in model.aliases.items()}
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"models: {_listing(sorted(known))}"
-    raise RegistryError(f"no model `{name}` in the registry at {store.shown(store.connect())}; {hint}")
+    return {alias: str(version) for alias, version in _registered_model(name).aliases.items()}
+
+
+def created_at(name: str) -> datetime:
+    """When the model was created, in UTC.
+
+    Raises:
+        RegistryError: there is no such model (the nearest ones are named), or the store failed.
+    """
+    return datetime.fromtimestamp(_registered_model(name).creation_timestamp / 1000, UTC)
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
@@ -179,7 +192,7 @@ def set_alias(name: str, alias: str, version: str) -> None:
     check_alias(alias)
     get_version(name, version)
     with store.failures(f"the alias `{alias}` of `{name}` cannot be set"):
-        store.client().set_registered_model_alias(name, alias, version)
+        store.attempt(lambda: store.client().set_registered_model_alias(name, alias, version))
 
 
 def set_tags(name: str, version: str, tags: Mapping[str, str]) -> None:
@@ -189,8 +202,9 @@ def set_tags(name: str, version: str, tags: Mapping[str, str]) -> None:
         RegistryError: there is no such version, or the store failed.
     """
     with store.failures(f"version {version} of `{name}` cannot be tagged"):
+        client = store.client()
         for key, value in tags.items():
-            store.client().set_model_version_tag(name, version, key, value)
+            store.attempt(functools.partial(client.set_model_version_tag, name, version, key, value))
 
 
 def log_evaluation(name: str, version: str, metrics: Mapping[str, float], *, data: str = "") -> None:
@@ -245,6 +259,21 @@ def check_alias(alias: str) -> None:
         raise RegistryError(
             f"{alias!r} is not an alias: letters, digits, `_` and `-`; not `latest`, not `v1`, `v2`, ..."
         )
+
+
+def _registered_model(name: str) -> Any:
+    check_name(name)
+    with store.failures(f"the model `{name}` cannot be read"):
+        client = store.client()
+        try:
+            return store.attempt(lambda: client.get_registered_model(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        known = [found.name for found in client.search_registered_models(max_results=1000)]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"models: {_listing(sorted(known))}"
+    raise RegistryError(f"no model `{name}` in the registry at {store.shown(store.connect())}; {hint}")
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ ALLOWED = {
     "cluster": {"errors"},
     "data": _BASICS,
     "models": _BASICS,
-    "evaluation": _LIBRARY,
+    "evaluation": _LIBRARY | {"cluster"},
     "registry": _LIBRARY | {"experiment"},
     "training": _LIBRARY | {"experiment", "registry", "cluster"},
     "tuning": _LIBRARY | {"experiment", "registry", "cluster", "training"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "quickstart": _LIBRARY | {"experiment", "registry", "cluster", "training", "tuning", "serving"},
 }
 # The only modules of the library that may know Ray; MLflow is known to registry/ alone.
-RAY = {"training/ray_worker.py", "training/trainer.py", "cluster.py", "doctor.py"}
+RAY = {"evaluation/actors.py", "training/ray_worker.py", "training/trainer.py", "cluster.py", "doctor.py"}
 RAY_PACKAGES = ("serving", "tuning")
 
 

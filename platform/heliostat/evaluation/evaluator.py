@@ -175,7 +175,7 @@ def summarise(
 def likelihood(loaded: InferenceModel, rows: Sequence[Row], data: DataConfig) -> dict[str, float]:
     """Mean next-token loss in nats, its perplexity, and how often the most likely token is the reference's."""
     work = LikelihoodWork(loaded, rows, data)
-    return mean_likelihood([work.row(number) for number in range(len(work))])
+    return mean_likelihood([work.piece(number) for number in range(len(work))])
 
 
 RowLikelihood = tuple[float, int, int]
@@ -194,7 +194,7 @@ class LikelihoodWork:
     def __len__(self) -> int:
         return len(self._packed)
 
-    def row(self, number: int) -> RowLikelihood:
+    def piece(self, number: int) -> RowLikelihood:
         """What the packed row adds to the sums."""
         model, pad = self._loaded.model, self._loaded.tokenizer.pad_token_id
         batch: dict[str, Any] = collate([self._packed.row(number)], pad, flatten=False)
@@ -236,7 +236,7 @@ def predict(
     work = PredictionWork(loaded, rows, data, config, batch_size=batch_size, seed=seed, prefix=prefix)
     found: dict[int, Example] = {}
     for number in range(len(work)):
-        done = work.batch(number)
+        done = work.piece(number)
         found |= done
         advance(len(done))
     return [found[index] for index in range(len(rows))]
@@ -269,7 +269,7 @@ class PredictionWork:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def batch(self, number: int) -> dict[int, Example]:
+    def piece(self, number: int) -> dict[int, Example]:
         """The examples of one batch, by the index of their row."""
         batch, tokenizer = self._batches[number], self._loaded.tokenizer
         prompts = [self._ids[index] for index in batch.prompts]

@@ -1,22 +1,31 @@
 """`heliostat evaluate`: score a model beside a baseline, and record the scores on its registered version."""
 
+import hashlib
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Metric
+from mlflow.utils.time import get_current_time_millis
 from rich.console import Console
 from rich.progress import Progress
 
+from heliostat.config import fingerprint
 from heliostat.data import splits
+from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
-from heliostat.errors import DataError
-from heliostat.evaluation import evaluator
-from heliostat.evaluation.evaluator import Scores
+from heliostat.errors import DataError, RegistryError
+from heliostat.evaluation import actors, evaluator
+from heliostat.evaluation.evaluator import Runner, Scores, Source
 from heliostat.experiment import ExperimentConfig
-from heliostat.models import base
-from heliostat.models.base import InferenceModel
-from heliostat.registry import versions
+from heliostat.registry import store, versions
+from heliostat.registry.versions import ResolvedModel
+
+PREDICTIONS = "predictions.json"
+"""The artifact of an evaluation's run: a table that MLflow shows."""
 
 
 def score(
@@ -24,8 +33,11 @@ def score(
 ) -> dict[str, Any]:
     """Score `reference` (default: the config's challenger) on the config's test split.
 
-    Returns {"model", "n", every metric by name, "groups", "baseline": the same of the baseline or None}. `predictions`
-    names a file that gets one JSON line for each row.
+    Each call is an MLflow run named `evaluation` with the scores and the predictions, below the run of the version.
+    `predictions` names a file that gets one JSON line for each row.
+
+    Returns {"model", "n", every metric by name, "intervals": {metric: [low, high]}, "unscored": {metric: rows without a
+    score}, "groups", "run_id", "baseline": the same of the baseline or None}.
 
     Raises:
         UserError: the model, the data or the configuration is wrong.
@@ -33,39 +45,67 @@ def score(
     reference = reference or f"models:/{config.registered_model_name}@challenger"
     rows = _test_rows(config)
     resolved = versions.resolve(reference)
-    loaded = base.load_for_inference(resolved.path)
-    scores = _evaluate(config, loaded, rows, console, reference)
-    baseline = _baseline(config, loaded)
-    result = {"model": reference, **_flat(scores), "baseline": None}
-    if baseline is not None:
-        result["baseline"] = {
-            "model": config.evaluation.baseline,
-            **_flat(_evaluate(config, baseline, rows, console, "baseline")),
-        }
+    baseline = _baseline(config, resolved)
+    with actors.connection(config.evaluation):
+        with actors.runner(Source(resolved.path), config.evaluation) as runner:
+            scores = _evaluate(config, runner, rows, console, reference)
+            chat_template = runner.chat_template
+        result = {"model": reference, **_flat(scores), "baseline": None}
+        if baseline is not None:
+            # It reads chats by the evaluated model's template.
+            source = Source(baseline.path, baseline.untrained_seed, chat_template)
+            with actors.runner(source, config.evaluation) as runner:
+                beside = _flat(_evaluate(config, runner, rows, console, "baseline"))
+            result["baseline"] = {"model": config.evaluation.baseline, **beside}
     if predictions:
         _write_predictions(Path(predictions), scores)
     if resolved.name and resolved.version:
-        versions.log_evaluation(resolved.name, resolved.version, scores.metrics)
-    return result
+        versions.log_evaluation(resolved.name, resolved.version, scores.metrics, data=data_digest(rows, config.data))
+    return result | {"run_id": _log_run(config, reference, resolved, scores, console)}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The scores as lines of text, the baseline's beside them."""
+    """The scores as lines of text, each with its interval, the baseline's beside them."""
     baseline = result["baseline"] or {}
     lines = [f"{result['model']} on {result['n']} examples"]
-    for name, value in _metrics(result).items():
-        beside = f"   {baseline['model']}: {baseline[name]:.4f}" if name in baseline else ""
-        lines.append(f"  {name:<16} {value:.4f}{beside}")
+    for name in _metrics(result):
+        beside = f"   {baseline['model']}: {_cell(baseline, name)}" if name in baseline else ""
+        lines.append(f"  {name:<16} {_cell(result, name)}{beside}")
+    lines += [f"  {name:<16} {count} examples have no score" for name, count in result["unscored"].items()]
     lines += [f"  {group:<24} {s['exact_match']:.3f}  (n={s['n']})" for group, s in result["groups"].items()]
     return "\n".join(lines)
+
+
+def data_digest(rows: Sequence[Row], data: DataConfig) -> str:
+    """A hash of what scores are measured on: the rows, and how they become prompts and references.
+
+    Scores of two models may be compared where it is equal. Files' names, other splits and decoding are no part of it.
+    """
+    read_as = data.model_dump(
+        include={"format", "columns", "prompt_template", "completion_template", "train_on_inputs", "max_length"}
+        | {"excess_length_strategy"}
+    )
+    return fingerprint([read_as, [hashlib.sha256(row.content()).hexdigest() for row in rows]])
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if isinstance(value, float)}
 
 
+def _cell(result: dict[str, Any], name: str) -> str:
+    low_high = result["intervals"].get(name)
+    return f"{result[name]:.4f}" + (f" [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "")
+
+
 def _flat(scores: Scores) -> dict[str, Any]:
-    return {"n": scores.n, **scores.metrics, "groups": scores.groups}
+    intervals = {name: [interval.low, interval.high] for name, interval in scores.intervals.items()}
+    return {
+        "n": scores.n,
+        **scores.metrics,
+        "intervals": intervals,
+        "unscored": scores.unscored,
+        "groups": scores.groups,
+    }
 
 
 def _test_rows(config: ExperimentConfig) -> list[Row]:
@@ -75,11 +115,11 @@ def _test_rows(config: ExperimentConfig) -> list[Row]:
     return rows
 
 
-def _evaluate(config: ExperimentConfig, loaded: InferenceModel, rows: list[Row], console: Console, what: str) -> Scores:
+def _evaluate(config: ExperimentConfig, runner: Runner, rows: list[Row], console: Console, what: str) -> Scores:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"evaluating {what}", total=len(rows))
         return evaluator.evaluate(
-            evaluator.Local(loaded),
+            runner,
             rows,
             config.data,
             config.generation,
@@ -88,18 +128,15 @@ def _evaluate(config: ExperimentConfig, loaded: InferenceModel, rows: list[Row],
         )
 
 
-def _baseline(config: ExperimentConfig, loaded: InferenceModel) -> InferenceModel | None:
-    """The baseline model, reading chats by the evaluated model's template."""
+def _baseline(config: ExperimentConfig, evaluated: ResolvedModel) -> Source | None:
     reference = config.evaluation.baseline
     if reference is None:
         return None
     if reference == "base" and config.model.scratch:
-        return base.load_untrained(loaded.path, seed=config.seed)
+        return Source(evaluated.path, untrained_seed=config.seed)
     if reference == "base":
         reference = str(config.model.model_name_or_path)
-    baseline = base.load_for_inference(versions.resolve(reference).path)
-    baseline.tokenizer.chat_template = loaded.tokenizer.chat_template
-    return baseline
+    return Source(versions.resolve(reference).path)
 
 
 def _write_predictions(path: Path, scores: Scores) -> None:
@@ -109,3 +146,39 @@ def _write_predictions(path: Path, scores: Scores) -> None:
             line = {"prompt": example.prompt, "reference": example.reference, "prediction": example.prediction}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.rename(temporary, path)
+
+
+def _log_run(
+    config: ExperimentConfig, reference: str, resolved: ResolvedModel, scores: Scores, console: Console
+) -> str | None:
+    """The id of the new run; None if the store takes none, which costs the user no score."""
+    try:
+        with store.failures("the evaluation is not logged to MLflow"):
+            return _create_run(config, reference, resolved, scores)
+    except RegistryError as error:
+        console.print(str(error), markup=False, highlight=False)
+        return None
+
+
+def _create_run(config: ExperimentConfig, reference: str, resolved: ResolvedModel, scores: Scores) -> str:
+    client = store.client()
+    tags = {"mlflow.user": store.user(), "mlflow.source.name": "heliostat", "heliostat.model": reference}
+    if resolved.name and resolved.version:
+        version = versions.get_version(resolved.name, resolved.version)
+        tags |= {"heliostat.model": version.uri, "mlflow.parentRunId": version.run_id or ""}
+    run = client.create_run(store.experiment_id(config.experiment_name), tags=tags, run_name="evaluation")
+    run_id, now = str(run.info.run_id), get_current_time_millis()
+    finite = {name: value for name, value in scores.metrics.items() if math.isfinite(value)}
+    client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in finite.items()], synchronous=True)
+    if scores.examples:
+        client.log_table(run_id, _columns(scores), PREDICTIONS)
+    client.set_terminated(run_id)
+    return run_id
+
+
+def _columns(scores: Scores) -> dict[str, list[Any]]:
+    texts = {name: [getattr(e, name) for e in scores.examples] for name in ("prompt", "reference", "prediction")}
+    marks = {
+        name: [None if math.isnan(value) else value for value in values] for name, values in scores.per_example.items()
+    }
+    return {**texts, **marks}

@@ -14,6 +14,7 @@ from heliostat.errors import ModelError
 from heliostat.models import files
 
 MANIFEST = "heliostat.json"
+GENERATION_CONFIG = "generation_config.json"
 FORMAT_VERSION = 1
 # Written beside the bundle by MLflow; loading never reads it.
 _IGNORED = frozenset({MANIFEST, "MLmodel"})
@@ -30,8 +31,51 @@ def write(folder: Path, *, weights: Path, tokenizer: Any, generation_config: Any
     tokenizer.save_pretrained(temporary)
     generation_config.save_pretrained(temporary)
     hashes = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
-    content = {"format_version": FORMAT_VERSION, **manifest, "files": hashes}
-    (temporary / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return _finish(temporary, folder, {"format_version": FORMAT_VERSION, **manifest, "files": hashes})
+
+
+def derive(source: Path, folder: Path, *, generation_config: dict[str, Any], changes: dict[str, Any]) -> Path:
+    """The bundle at `source` with another generation_config.json, at `folder`; all other files are linked, not copied.
+
+    `changes` go on top of the manifest, which keeps its lineage; a key whose new value is None is removed. An older
+    bundle at `folder` is replaced.
+
+    Raises:
+        ModelError: `source` is not a bundle.
+    """
+    manifest = read_manifest(source)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name in manifest["files"].keys() - {GENERATION_CONFIG}:
+        _link(str(source / name), str(temporary / name))
+    changed = temporary / GENERATION_CONFIG
+    changed.write_text(json.dumps(generation_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    hashes = dict(sorted({**manifest["files"], GENERATION_CONFIG: files.sha256(changed)}.items()))
+    kept = {key: value for key, value in {**manifest, **changes}.items() if value is not None or key not in changes}
+    return _finish(temporary, folder, {**kept, "files": hashes})
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The content of the bundle's generation_config.json; empty if there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = folder / GENERATION_CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return content
+
+
+def _finish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest, and put the bundle in its place."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (temporary / MANIFEST).write_text(text, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     return folder

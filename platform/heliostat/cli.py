@@ -159,6 +159,19 @@ def _show_train(result: Result) -> str:
     return f"{result['model_uri']}\nbundle {result['bundle']}\nrun {result['run_id']}\n{metrics}"
 
 
+def _tune_training(options: argparse.Namespace) -> Result:
+    config = _load(options)
+    from heliostat.tuning import training_search
+
+    return training_search.tune_training(config, _console())
+
+
+def _show_tune_training(result: Result) -> str:
+    best = "  ".join(f"{key}={value}" for key, value in result["best"].items())
+    trained = f"\n{result['trained']['model_uri']}" if result["trained"] else ""
+    return f"{result['table']}\nbest: {best}  {result['metric']} {result['value']:.4f}\nrun {result['run_id']}{trained}"
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--model", help="what to score; default: the challenger registered under the config's name")
@@ -368,6 +381,9 @@ COMMANDS: dict[str, Command] = {
         _show_quickstart,
     ),
     "train": Command("train a model and register it", _config_arguments, _train, _show_train),
+    "tune-training": Command(
+        "search values of training keys with Ray Tune", _config_arguments, _tune_training, _show_tune_training
+    ),
     "evaluate": Command("score a model on the test split", _evaluate_arguments, _evaluate, _show_evaluate),
     "promote": Command(
         "make a version the champion, if it passes the gates", _promote_arguments, _promote, _show_promote

@@ -72,6 +72,7 @@ def spec(
         total_steps=steps,
         eval_steps=3,
         save_steps=2,
+        export_all=False,
         seed=7,
     )
 

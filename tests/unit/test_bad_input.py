@@ -296,7 +296,7 @@ def test_an_open_run_is_not_shared(experiment: Experiment) -> None:
 
     experiment.yaml.write_text(yaml.safe_dump(experiment.config))
     config = experiments.load(experiment.yaml)
-    run = runs.open_run(state.runs(), "x", trainer._config_hash(config), "auto")
+    run = runs.open_run(state.runs(), "x", trainer.config_hash(config), "auto")
     assert experiment.run() == 2
     assert "is being worked on by another process" in experiment.capture.readouterr().err
     assert (run.folder / "run.json").exists()

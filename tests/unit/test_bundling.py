@@ -194,4 +194,4 @@ def test_the_metrics_of_a_run_are_its_last_and_its_best_evaluation(tmp_path: Pat
     ]
     journal = tmp_path / "metrics.jsonl"
     journal.write_text("".join(json.dumps({"step": i, "time": 0, "metrics": row}) + "\n" for i, row in enumerate(rows)))
-    assert bundling.final_metrics(journal) == {"loss": 1.5, "grad_norm": 0.5, "eval_loss": 2.0, "eval_perplexity": 7.4}
+    assert bundling.final_metrics(tmp_path) == {"loss": 1.5, "grad_norm": 0.5, "eval_loss": 2.0, "eval_perplexity": 7.4}

@@ -81,6 +81,7 @@ def train(folder: Path, run: Path, method: str = "full", **settings: Any) -> tup
         total_steps=training.max_steps or STEPS,
         eval_steps=training.eval_steps or 2,
         save_steps=2,
+        export_all=False,
         seed=3,
     )
     with LocalSession(spec.checkpoints, keep=training.save_total_limit) as session:

@@ -23,6 +23,8 @@ MetricName = Literal[
     "judge",
 ]
 
+LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"repetition"})
+
 
 class GenerationSettings(StrictModel):
     """Decoding settings, by transformers' GenerationConfig names. They travel with the model in its bundle.

@@ -213,6 +213,12 @@ def start_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mappi
     return run_id
 
 
+def log_params(run_id: str, params: Mapping[str, Any]) -> None:
+    """Add parameters to the run, which may be nested; each can only be given once."""
+    with store.failures("the parameters cannot be logged"):
+        _log_params(store.client(), run_id, params)
+
+
 def end_run(run_id: str, status: Status = "FINISHED") -> None:
     """Say how the run ended."""
     with store.failures(f"the run {run_id} cannot be ended"):

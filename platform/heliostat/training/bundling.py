@@ -26,6 +26,15 @@ def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Pa
         from heliostat.models import adapters  # PEFT takes seconds to import
 
         weights = adapters.merge(weights, run_folder / "merged")
+    made = assemble(config, weights, run_folder / "bundle", source, tokens, lineage)
+    shutil.rmtree(run_folder / "merged", ignore_errors=True)
+    return made
+
+
+def assemble(
+    config: ExperimentConfig, weights: Path, target: Path, source: Source, tokens: Path, lineage: dict[str, Any]
+) -> Path:
+    """Make a bundle at `target` from exported weights, which are linked."""
     stops = stop_token_ids(TokenDataset.open(tokens), source.tokenizer)
     decoding = {
         "eos_token_id": stops,
@@ -41,15 +50,13 @@ def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Pa
         "base": _base(config, source),
         "lineage": lineage,
     }
-    made = bundle.write(
-        run_folder / "bundle",
+    return bundle.write(
+        target,
         weights=weights,
         tokenizer=source.tokenizer,
         generation_config=GenerationConfig(**decoding),
         manifest=manifest,
     )
-    shutil.rmtree(run_folder / "merged", ignore_errors=True)
-    return made
 
 
 def stop_token_ids(tokens: TokenDataset, tokenizer: Any) -> list[int]:
@@ -97,11 +104,11 @@ def _base(config: ExperimentConfig, source: Source) -> dict[str, Any] | None:
     }
 
 
-def final_metrics(path: Path) -> dict[str, float]:
-    """The last value of every training metric, and the evaluation with the lowest loss."""
+def final_metrics(run_folder: Path) -> dict[str, float]:
+    """The last value of every metric, but those of the evaluation with the lowest loss."""
     latest: dict[str, float] = {}
     best: dict[str, float] = {}
-    for row in journal.read(path)[0]:
+    for row in journal.read(run_folder / journal.NAME)[0]:
         metrics = row["metrics"]
         if "eval_loss" in metrics:
             best = min(best or metrics, metrics, key=lambda found: found["eval_loss"])

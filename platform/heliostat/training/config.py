@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from heliostat.config import StrictModel
+from heliostat.evaluation.config import MetricName
 
 
 class TrainingConfig(StrictModel):
@@ -51,7 +52,9 @@ class TrainingConfig(StrictModel):
     save_total_limit: PositiveInt = 2
     """Checkpoints kept on disk."""
     load_best_model_at_end: bool = True
-    """The final model is the one with the lowest validation loss; False: the last one."""
+    """The final model is the best one by metric_for_best_model; False: the last one."""
+    metric_for_best_model: Literal["eval_loss"] | MetricName = "eval_loss"
+    """eval_loss, or a metric of generated answers to the validation rows, which are scored beside the training."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations without a lower validation loss."""
 
@@ -60,6 +63,11 @@ class TrainingConfig(StrictModel):
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other; keep one")
         return self
+
+    @property
+    def chosen_by_task(self) -> bool:
+        """Whether the final model is chosen by a metric of generated answers."""
+        return self.load_best_model_at_end and self.metric_for_best_model != "eval_loss"
 
     @property
     def global_batch_size(self) -> int:

@@ -126,6 +126,7 @@ def export(engine: Any, folder: Path, *, trained_only: bool, rank: int) -> None:
     if rank == 0:
         temporary = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
         engine.module.save_pretrained(temporary, state_dict=weights)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)

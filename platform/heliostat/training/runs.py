@@ -1,7 +1,7 @@
 """Run folders: where a run keeps everything, and which one a command goes on with. Knows nothing of training itself.
 
 <storage path>/<name>-0001/
-    run.json        status (running, trained, finished), config hash, attempts
+    run.json        status (running, trained, finished; stopped), config hash, attempts
     config.yaml     the resolved configuration
     data.json       files with hashes, counts; data.txt: which tokens are learned
     init/           tokenizer and config of a model from scratch
@@ -9,6 +9,7 @@
     checkpoints/    see heliostat.training.checkpoint
     weights/        exported weights of the best step so far; become the bundle
     bundle/         the finished model
+    stop            made to end the run early; see `Run.tell_to_stop`
 """
 
 import fcntl
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from heliostat.errors import ConfigError, ResourceError
 
-Status = Literal["running", "trained", "finished"]
+Status = Literal["running", "trained", "finished", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,29 @@ class Run:
     @property
     def status(self) -> Status:
         """How far the run has come."""
-        return _read(self.folder)["status"]  # type: ignore[no-any-return]
+        return facts(self.folder)["status"]  # type: ignore[no-any-return]
 
     @property
     def resumed(self) -> bool:
         """Whether an earlier driver worked on this run."""
         return self.attempt != "attempt-01"
 
+    def tell_to_stop(self) -> None:
+        """End the training at its next logged step; nothing more is written, and the run will not be gone on with."""
+        (self.folder / "stop").touch()
+
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether `tell_to_stop` was called."""
+        return (self.folder / "stop").exists()
+
     def set_status(self, status: Status) -> None:
         """Note how far the run has come."""
-        _write(self.folder, {**_read(self.folder), "status": status})
+        self.note(status=status)
+
+    def note(self, **values: Any) -> None:
+        """Add to what `facts` tells of the run."""
+        _write(self.folder, {**facts(self.folder), **values})
 
     def close(self) -> None:
         """Release the lock."""
@@ -66,18 +80,28 @@ def open_run(storage: Path, name: str, config_hash: str, resume: Literal["auto",
     existing = sorted(storage.glob(f"{name}-[0-9][0-9][0-9][0-9]"))
     if resume != "never":
         for folder in reversed(existing):
-            facts = _read(folder)
-            if facts.get("config_hash") == config_hash and facts.get("status") != "finished":
-                return _reopen(folder, facts)
+            known = facts(folder)
+            if known.get("config_hash") == config_hash and known.get("status") in ("running", "trained"):
+                return _reopen(folder)
     if resume == "must":
         raise ConfigError(f"resume=must: {storage} has no unfinished run `{name}` with this configuration")
     return _create(storage, name, config_hash, after=existing)
 
 
-def _reopen(folder: Path, facts: dict[str, Any]) -> Run:
+def open_folder(folder: Path, config_hash: str) -> Run:
+    """The run in this very folder, which is made if there is none.
+
+    Raises:
+        ResourceError: another process is working on it.
+    """
+    return _reopen(folder) if facts(folder).get("config_hash") == config_hash else _start(folder, config_hash)
+
+
+def _reopen(folder: Path) -> Run:
     lock = _lock(folder)
-    attempts = int(facts["attempts"]) + 1
-    _write(folder, {**facts, "attempts": attempts})
+    known = facts(folder)
+    attempts = int(known["attempts"]) + 1
+    _write(folder, {**known, "attempts": attempts})
     return Run(folder, f"attempt-{attempts:02d}", lock)
 
 
@@ -90,6 +114,11 @@ def _create(storage: Path, name: str, config_hash: str, after: list[Path]) -> Ru
         return _create(storage, name, config_hash, [folder])
     except OSError as error:
         raise ResourceError(f"storage_path: {folder} cannot be created: {error.strerror}") from error
+    return _start(folder, config_hash)
+
+
+def _start(folder: Path, config_hash: str) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     _write(folder, {"status": "running", "config_hash": config_hash, "attempts": 1, "created": time.time()})
     return Run(folder, "attempt-01", lock)
@@ -107,12 +136,13 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def facts(folder: Path) -> dict[str, Any]:
+    """What run.json says of the run in this folder; empty if there is none."""
     try:
-        facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        found: dict[str, Any] = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
         return {}
-    return facts
+    return found
 
 
 def _write(folder: Path, facts: dict[str, Any]) -> None:

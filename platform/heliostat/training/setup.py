@@ -1,5 +1,6 @@
 """What is settled before workers start: model, tokenizer, number of steps. Runs in the driver; knows no Ray."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,21 @@ def check(config: ExperimentConfig) -> None:
             "new one; drop one"
         )
     zero.deepspeed_config(training, num_parameters=1)
+
+
+def check_best(config: ExperimentConfig, rows: dict[str, list[Row]]) -> None:
+    """Refuse to choose the best model by what cannot be measured.
+
+    Raises:
+        ConfigError: naming training.metric_for_best_model.
+    """
+    if not config.training.chosen_by_task:
+        return
+    key = f"training.metric_for_best_model={config.training.metric_for_best_model}"
+    if "validation" not in rows:
+        raise ConfigError(f"{key} needs validation rows; set data.validation or data.validation_size")
+    if config.data.format == "text":
+        raise ConfigError(f"{key} compares answers, which `format: text` has none of; use eval_loss")
 
 
 def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Source:
@@ -126,13 +142,16 @@ class Plan:
         )
 
 
-def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, Path]) -> Plan:
-    """Count the steps and put together what the workers must know."""
+def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, Path], evaluations: int = 1) -> Plan:
+    """Count the steps and put together what the workers must know.
+
+    Unless the configuration says how often, there is an evaluation once an epoch, and about `evaluations` at the least.
+    """
     data, training = config.data, config.training
     rows = PackedDataset(TokenDataset.open(tokens["train"]), data.max_length, packing=data.packing)
     per_epoch = len(rows) / training.global_batch_size
     total = order.total_steps(len(rows), training.global_batch_size, training.num_train_epochs, training.max_steps)
-    eval_steps = training.eval_steps or max(1, round(per_epoch))
+    eval_steps = training.eval_steps or max(1, min(round(per_epoch), math.ceil(total / evaluations)))
     spec = WorkerSpec(
         run_folder=str(run.folder),
         attempt=run.attempt,
@@ -150,6 +169,7 @@ def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, P
         total_steps=total,
         eval_steps=eval_steps,
         save_steps=training.save_steps or eval_steps,
+        export_all=training.chosen_by_task,
         seed=config.seed,
     )
     return Plan(len(rows), rows.fill, per_epoch, spec)

@@ -29,6 +29,8 @@ class WorkerSpec:
     total_steps: int
     eval_steps: int
     save_steps: int
+    export_all: bool
+    """Keep the weights of every evaluation, for others to choose from."""
     seed: int
 
     @property
@@ -40,3 +42,17 @@ class WorkerSpec:
     def weights(self) -> Path:
         """Where the exported weights of the chosen step go."""
         return Path(self.run_folder) / "weights"
+
+    def export(self, step: int) -> Path:
+        """Where the weights of an evaluation go, with `export_all`."""
+        return Path(self.run_folder) / "exports" / export_name(step)
+
+    @property
+    def stop_file(self) -> Path:
+        """The workers end, and write nothing more, when this file is there."""
+        return Path(self.run_folder) / "stop"
+
+
+def export_name(step: int) -> str:
+    """The folder of the weights after `step` steps."""
+    return f"step_{step:06d}"

@@ -3,26 +3,25 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from heliostat import cluster, journal, state
 from heliostat import config as configuration
+from heliostat import journal, state
 from heliostat.data import audit, prepare, splits
 from heliostat.data.packing import PackedDataset
 from heliostat.data.tokens import TokenDataset
-from heliostat.errors import ConfigError, HeliostatError, TrainingError, UserError
+from heliostat.errors import ConfigError, HeliostatError, UserError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
-from heliostat.training import bundling, checkpoint, runs, setup
-from heliostat.training.config import TrainingConfig
-from heliostat.training.progress import ProgressBar
+from heliostat.training import bundling, group, runs, setup
+from heliostat.training.checkpoint_scores import CheckpointScores
 from heliostat.training.runs import Run
-from heliostat.training.spec import WorkerSpec
+from heliostat.training.setup import Plan, Source
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,10 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(config: ExperimentConfig, console: Console) -> TrainResult:
+def train(config: ExperimentConfig, console: Console, run: Run | None = None) -> TrainResult:
     """Train, or go on with an unfinished run of the same configuration; then register the bundle.
+
+    `run` names the run to go on with, as a finished trial of a search; its lock is released at the end.
 
     Raises:
         UserError: the input is wrong; nothing is left behind.
@@ -49,9 +50,44 @@ def train(config: ExperimentConfig, console: Console) -> TrainResult:
     """
     setup.check(config)
     storage = Path(config.storage_path) if config.storage_path else state.runs()
-    run = runs.open_run(storage.absolute(), config.name, _config_hash(config), config.resume)
+    run = run or runs.open_run(storage.absolute(), config.name, config_hash(config), config.resume)
+    with _cleared_after_user_errors(run):
+        job = _prepare(config, run)
+        console.print(f"{'going on with' if run.resumed else 'run'} {run.folder}", highlight=False)
+        console.print(str(job.plan), highlight=False)
+        with _tracked(config, job, {}) as tracker:
+            _run_workers(config, job, console)
+            bundle = bundling.write(config, run.folder, job.source, job.tokens["train"], job.lineage)
+        return _publish(config, job, bundle, tracker.finish())
+
+
+def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: int, tags: Mapping[str, str]) -> None:
+    """Train as `train` does, without making a bundle: a trial of a search, with at least `evaluations` evaluations.
+
+    `runs.tell_to_stop` ends it early. `tags` are those of its MLflow run.
+
+    Raises:
+        As `train`.
+    """
+    setup.check(config)
+    with _cleared_after_user_errors(run):
+        job = _prepare(config, run, evaluations)
+        with _tracked(config, job, tags) as tracker:
+            _run_workers(config, job, console)
+        tracker.finish()
+
+
+def config_hash(config: ExperimentConfig) -> str:
+    """Equal for configurations that give the same weights, however they are stored, registered or served."""
+    same = {"name", "seed", "model", "adapter", "data", "training"}
+    return configuration.fingerprint(config.model_dump(mode="json", include=same))
+
+
+@contextlib.contextmanager
+def _cleared_after_user_errors(run: Run) -> Iterator[None]:
+    """Nothing is left of a run that could not start. The run's lock is released at the end."""
     try:
-        return _train(config, run, console)
+        yield
     except UserError:
         if not (run.folder / journal.NAME).exists():
             # The tracker's thread may still be writing there.
@@ -61,44 +97,28 @@ def train(config: ExperimentConfig, console: Console) -> TrainResult:
         run.close()
 
 
-def _config_hash(config: ExperimentConfig) -> str:
-    """Equal for configurations that give the same weights, however they are stored, registered or served."""
-    same = {"name", "seed", "model", "adapter", "data", "training"}
-    return configuration.fingerprint(config.model_dump(mode="json", include=same))
+@dataclass(frozen=True)
+class _Job:
+    """A run that is ready to train."""
+
+    run: Run
+    source: Source
+    tokens: dict[str, Path]
+    manifest: dict[str, Any]
+    plan: Plan
+    lineage: dict[str, Any]
 
 
-def _train(config: ExperimentConfig, run: Run, console: Console) -> TrainResult:
+def _prepare(config: ExperimentConfig, run: Run, evaluations: int = 1) -> _Job:
     rows = splits.load_splits(config.data, config.seed, ("train", "validation"))
+    setup.check_best(config, rows)
     source = setup.load_source(config, rows["train"], run.folder / "init")
     prepared = prepare.prepare(rows, config.data, source.tokenizer, config.seed, state.token_cache())
     _record_data(run, config, prepared, source.tokenizer)
-    plan = setup.plan(config, run, source, prepared.splits)
-    console.print(f"{'going on with' if run.resumed else 'run'} {run.folder}", highlight=False)
-    console.print(str(plan), highlight=False)
-    tracker = _tracker(config, run, prepared.manifest)
-    with _workers_place(run, config.training):
-        tracker.start()
-        try:
-            if run.status == "running":
-                _run_workers(plan.spec, console)
-                run.set_status("trained")
-            lineage = bundling.lineage(_config_hash(config), prepared.manifest["data_sha256"], run.name)
-            bundle = bundling.write(config, run.folder, source, prepared.splits["train"], lineage)
-        except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience=5)
-            raise
-    return _publish(config, run, bundle, tracker.finish(), prepared.manifest, lineage)
-
-
-@contextlib.contextmanager
-def _workers_place(run: Run, training: TrainingConfig) -> Iterator[None]:
-    """Connected to a Ray cluster that has room for the workers, if any are to run there."""
-    if training.num_workers == 0 or run.status != "running":
-        yield
-        return
-    with cluster.connected():
-        cluster.require(training.ray_resources(), training.num_workers, "training.num_workers")
-        yield
+    plan = setup.plan(config, run, source, prepared.splits, evaluations)
+    run.note(total_steps=plan.spec.total_steps)
+    lineage = bundling.lineage(config_hash(config), prepared.manifest["data_sha256"], run.name)
+    return _Job(run, source, prepared.splits, prepared.manifest, plan, lineage)
 
 
 def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared, tokenizer: Any) -> None:
@@ -117,93 +137,51 @@ def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared,
     runs.write_atomically(before, json.dumps(prepared.manifest, indent=2))
 
 
-def _tracker(config: ExperimentConfig, run: Run, manifest: dict[str, Any]) -> tracking.Tracker:
-    tags = {"data_sha256": manifest["data_sha256"], "config_hash": _config_hash(config)}
-    return tracking.Tracker(run.folder, config.experiment_name, run.name, config.model_dump(mode="json"), tags)
+@contextlib.contextmanager
+def _tracked(config: ExperimentConfig, job: _Job, tags: Mapping[str, str]) -> Iterator[tracking.Tracker]:
+    """An MLflow run that follows the journal, and is ended here if the work inside fails."""
+    facts = {"data_sha256": job.manifest["data_sha256"], "config_hash": config_hash(config), **tags}
+    params = config.model_dump(mode="json", exclude={"tune_training", "tune_decoding"})
+    tracker = tracking.Tracker(job.run.folder, config.experiment_name, job.run.name, params, facts)
+    with group.place(config.training) if job.run.status == "running" else contextlib.nullcontext():
+        tracker.start()
+        try:
+            yield tracker
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience=5)
+            raise
 
 
-def _run_workers(spec: WorkerSpec, console: Console) -> None:
-    with ProgressBar(Path(spec.run_folder) / journal.NAME, spec.total_steps, console):
-        if spec.training.num_workers == 0:
-            from heliostat.training.worker import LocalSession, Worker
-
-            with LocalSession(spec.checkpoints, spec.training.save_total_limit) as session:
-                Worker(spec, session).run()
-        else:
-            _run_on_ray(spec)
-    checkpoint.prune(spec.checkpoints, spec.training.save_total_limit)
-
-
-def _run_on_ray(spec: WorkerSpec) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from heliostat.training import ray_worker
-
-    training = spec.training
-    trainer = TorchTrainer(
-        ray_worker.train,
-        train_loop_config={"spec": spec},
-        scaling_config=ScalingConfig(
-            num_workers=training.num_workers,
-            use_gpu=training.use_gpu,
-            resources_per_worker=training.ray_resources(),
-        ),
-        run_config=RunConfig(
-            name=spec.attempt,
-            storage_path=str(spec.checkpoints),
-            # Only failures to start count for the controller; without a limit it would try for ever.
-            failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=5),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.save_total_limit),
-        ),
-    )
-    outcome = _fit(trainer)
-    if "error" in outcome:
-        raise outcome["error"]
+def _run_workers(config: ExperimentConfig, job: _Job, console: Console) -> None:
+    if job.run.status != "running":
+        return
+    if config.training.chosen_by_task:
+        with CheckpointScores(config, job.run.folder, job.source, job.tokens["train"], job.lineage) as scores:
+            group.run(job.plan.spec, console)
+        if not job.run.told_to_stop:
+            scores.choose()
+    else:
+        group.run(job.plan.spec, console)
+    job.run.set_status("stopped" if job.run.told_to_stop else "trained")
 
 
-def _fit(trainer: Any) -> dict[str, Any]:
-    from ray.train import TrainingFailedError
-
-    try:
-        return dict(trainer.fit().return_value)
-    except TrainingFailedError as error:
-        raise TrainingError(
-            f"training failed: {_first_cause(error)}; the same command goes on from the last checkpoint"
-        ) from error
-
-
-def _first_cause(error: Exception) -> str:
-    """The first worker's own exception, in one line, out of what Ray wraps around it."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank = min(failures)
-    lines = str(failures[rank]).strip().splitlines() or [repr(failures[rank])]
-    return f"worker {rank}: {lines[-1]}"
-
-
-def _publish(
-    config: ExperimentConfig,
-    run: Run,
-    bundle: Path,
-    run_id: str | None,
-    manifest: dict[str, Any],
-    lineage: dict[str, Any],
-) -> TrainResult:
+def _publish(config: ExperimentConfig, job: _Job, bundle: Path, run_id: str | None) -> TrainResult:
     """Log what belongs to the finished run and register the bundle."""
-    metrics = bundling.final_metrics(run.folder / journal.NAME)
+    run = job.run
+    metrics = bundling.final_metrics(run.folder)
     if run_id is None:
         raise HeliostatError(
             f"the model is trained ({bundle}), but MLflow does not answer, so it is not registered; "
             "give the same command again once it does"
         )
     rows, _ = journal.read(run.folder / journal.NAME)
-    tracking.log_figure(run_id, "loss_curves.png", figures.loss_curves(rows, run.name))
+    tracking.log_figure(run_id, "loss_curves", figures.loss_curves(rows, run.name))
     tracking.log_artifacts_of_run(
         run_id, {name: run.folder / name for name in ("config.yaml", "data.json", "data.txt")}
     )
-    tracking.log_dataset(run_id, manifest)
+    tracking.log_dataset(run_id, job.manifest)
     name = config.registered_model_name if config.registry.register_model else None
-    version = versions.register(run_id, bundle, name, _version_tags(config, metrics, lineage)) if name else None
+    version = versions.register(run_id, bundle, name, _version_tags(config, metrics, job.lineage)) if name else None
     run.set_status("finished")
     return TrainResult(
         run_id=run_id,

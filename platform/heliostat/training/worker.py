@@ -101,14 +101,22 @@ class Worker:
         self.log.start(self.progress.step)
         while self.progress.step < self.spec.total_steps and not self.progress.stopped_early:
             self._step()
+            if self.progress.step % self.training.logging_steps == 0 and self._told_to_stop():
+                return self.progress
             at_end = self.progress.step == self.spec.total_steps
             if self.validation_rows is not None and (at_end or self.progress.step % self.spec.eval_steps == 0):
                 self._evaluate()
             if at_end or self.progress.stopped_early or self.progress.step % self.spec.save_steps == 0:
                 self._save()
         if not self._exported_best():
-            self._export()
+            self._export(self.spec.weights)
         return self.progress
+
+    def _told_to_stop(self) -> bool:
+        """Whether the driver wants the training to end; all workers learn it at the same step."""
+        told = torch.tensor(float(self.session.rank == 0 and self.spec.stop_file.exists()), device=self.session.device)
+        dist.all_reduce(told)
+        return bool(told.item())
 
     def _open(self, tokens: str) -> PackedDataset:
         return PackedDataset(TokenDataset.open(Path(tokens)), self.spec.max_length, packing=self.spec.packing)
@@ -176,11 +184,13 @@ class Worker:
         self.log.evaluation(self.progress.step, loss)
         if self.progress.step == 0:
             return
+        if self.spec.export_all:
+            self._export(self.spec.export(self.progress.step))
         if loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
             self.progress.evaluations_without_gain = 0
-            if self.training.load_best_model_at_end:
-                self._export()
+            if self.training.load_best_model_at_end and not self.spec.export_all:
+                self._export(self.spec.weights)
         else:
             self.progress.evaluations_without_gain += 1
         patience = self.training.early_stopping_patience
@@ -217,8 +227,8 @@ class Worker:
     def _exported_best(self) -> bool:
         return self.training.load_best_model_at_end and self.progress.best_step > 0
 
-    def _export(self) -> None:
-        engine.export(self.engine, self.spec.weights, trained_only=self.trained_only, rank=self.session.rank)
+    def _export(self, folder: Path) -> None:
+        engine.export(self.engine, folder, trained_only=self.trained_only, rank=self.session.rank)
 
 
 class MetricsLog:

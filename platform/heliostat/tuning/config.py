@@ -32,7 +32,9 @@ class TuneTrainingConfig(SearchConfig):
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Settings of the trials alone, such as {training.num_train_epochs: 1}, to make them cheaper than the training."""
     metric: str = "eval_loss"
-    mode: Literal["min", "max"] = "min"
+    """eval_loss, eval_perplexity, loss, or a metric of generated answers such as exact_match."""
+    mode: Literal["min", "max"] | None = None
+    """Default: the metric's own direction."""
     scheduler: Literal["asha", "median", "none"] = "asha"
     grace_period: float = Field(0.2, gt=0, le=1)
     """Part of a trial's steps before it may be stopped."""

@@ -1,5 +1,6 @@
 """Which points of a space are tried, in which order. Knows Optuna and Ray Tune's Searcher, not what a trial does."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,9 +74,9 @@ class PointSearcher(Searcher):  # type: ignore[misc]  # Ray has no types
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how one of its trials ended; one that was stopped early counts with what it had reached."""
         trial = self._asked.pop(trial_id, None)
-        value = (result or {}).get(self.metric)
+        value = float((result or {}).get(self.metric, math.nan))
         if trial is not None:
-            failed = error or value is None
+            failed = error or not math.isfinite(value)
             self._study.tell(trial, None if failed else value, optuna.trial.TrialState.FAIL if failed else None)
 
     def __getstate__(self) -> dict[str, Any]:

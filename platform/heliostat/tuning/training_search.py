@@ -1,0 +1,329 @@
+"""`heliostat tune-training`: search the values of training keys. Knows the order of things; trials train.
+
+<storage path>/<name>-tune-0001/
+    run.json        status, hash of the search
+    search.json     MLflow's run
+    trials.jsonl    the point of every trial, noted before it starts
+    trials/         their run folders; losers keep their journal only
+    results.json    what came out
+
+The folder is all there is to a search: after a killed driver the same command hands out the noted points again, trials
+that are over are read out from their journals, and the others go on from their checkpoints.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from ray import tune
+from rich.console import Console
+
+from heliostat import cluster, journal, state
+from heliostat.config import dotted_keys, fingerprint
+from heliostat.data import splits
+from heliostat.errors import ConfigError, TrainingError
+from heliostat.evaluation.config import LOWER_IS_BETTER, MetricName
+from heliostat.experiment import ExperimentConfig
+from heliostat.registry import tracking
+from heliostat.training import runs, setup, trainer
+from heliostat.training.config import TrainingConfig
+from heliostat.training.runs import Run
+from heliostat.tuning import search, space, training_report
+from heliostat.tuning.search import Observer, Outcome
+from heliostat.tuning.searcher import PointSearcher
+from heliostat.tuning.space import Point, Space
+from heliostat.tuning.training_report import Trial
+from heliostat.tuning.training_trial import PROGRESS, TrainingTrial, TrialPlan, with_values
+
+WHERE = "tune_training"
+_SEARCHABLE = ("seed", "model.", "adapter.", "data.", "training.")
+_FIXED = ("training.num_workers", "training.use_gpu", "training.resources_per_worker", "training.max_failures")
+_LOSSES = ("eval_loss", "eval_perplexity", "loss")
+# A driver of several workers takes no CPU: two of them, waiting for their workers, would hold what these need.
+_DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
+
+
+def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
+    """Search, log to MLflow, and with `then: train` train and register the best.
+
+    Returns {"best": point, "metric", "value", "trials": [...], "run_id", "folder", "table", "trained": result or None}.
+
+    Raises:
+        UserError: the space, the metric or the resources are wrong; nothing was started.
+        TrainingError: every trial failed; the message holds the first one's error.
+    """
+    searched = parse(config)
+    base, metric, mode = _trial_config(config)
+    check(base, searched)
+    storage = Path(config.storage_path) if config.storage_path else state.runs()
+    run = runs.open_run(storage.absolute(), f"{config.name}-tune", _search_hash(config), config.resume)
+    try:
+        with cluster.connected():
+            concurrent = _concurrency(base)
+            plan = _plan(base, metric, run)
+            console.print(f"{'going on with' if run.resumed else 'search'} {run.folder}", highlight=False)
+            trials = _search(plan, searched, mode, concurrent, console)
+            result = _conclude(plan, trials, mode, run)
+            result["trained"] = _then(config, plan, result, console)
+    finally:
+        run.close()
+    return result
+
+
+def parse(config: ExperimentConfig) -> Space:
+    """The search space of the experiment.
+
+    Raises:
+        ConfigError: it is empty, names a key that does not exist or cannot be searched, or a distribution is wrong.
+    """
+    return space.parse(config.tune_training.space, WHERE, _searchable_keys())
+
+
+def check(base: ExperimentConfig, searched: Space) -> None:
+    """Refuse a search whose trials could not train.
+
+    Raises:
+        ConfigError: some value of the space is not allowed, or the metric cannot be measured; names the key.
+    """
+    for key, value, point in searched.extremes():
+        try:
+            setup.check(with_values(base, point))
+        except ConfigError as error:
+            raise ConfigError(f"{WHERE}.space.{key}: {value!r} does not work: {error}") from None
+    setup.check(base)
+    rows = splits.load_splits(base.data, base.seed, ("train", "validation"))
+    setup.check_best(base, rows)
+    if "validation" not in rows:
+        raise ConfigError(f"{WHERE} compares trials on validation rows; set data.validation or data.validation_size")
+
+
+def _searchable_keys() -> list[str]:
+    keys = list(dotted_keys(ExperimentConfig))
+    leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+    return [key for key in leaves if key.startswith(_SEARCHABLE) and key not in _FIXED]
+
+
+def _trial_config(config: ExperimentConfig) -> tuple[ExperimentConfig, str, str]:
+    """(the trials' configuration without the searched values, the journal's name of the metric, its mode)."""
+    tuning = config.tune_training
+    valid = _searchable_keys()
+    overrides = dict(space.flatten(tuning.overrides, valid))
+    space.check_keys(overrides, f"{WHERE}.overrides", valid)
+    name = tuning.metric.removeprefix("eval_")
+    if tuning.metric in _LOSSES:
+        metric, best = tuning.metric, "min"
+    elif name in get_args(MetricName):
+        metric, best = f"eval_{name}", "min" if name in LOWER_IS_BETTER else "max"
+        overrides["training.metric_for_best_model"] = name
+    else:
+        known = ", ".join((*_LOSSES, *get_args(MetricName)))
+        raise ConfigError(f"{WHERE}.metric: trials do not report `{tuning.metric}`; they can report {known}")
+    if config.training.num_workers == 1:
+        # The loop runs in the trial's own process: a worker group for one costs many seconds a trial.
+        overrides["training.num_workers"] = 0
+    return with_values(config, overrides), metric, tuning.mode or best
+
+
+def _search_hash(config: ExperimentConfig) -> str:
+    """Equal for searches that have the same trials."""
+    tuning = config.tune_training.model_dump(
+        mode="json", exclude={"max_concurrent_trials", "time_budget_s", "gpu_hours", "then"}
+    )
+    return fingerprint([trainer.config_hash(config), tuning])
+
+
+def _concurrency(config: ExperimentConfig) -> int:
+    workers = max(1, config.training.num_workers)
+    needed = {name: amount * workers for name, amount in config.training.ray_resources().items()}
+    wanted = config.tune_training.max_concurrent_trials
+    return search.concurrency(needed, wanted, f"{WHERE}: training.num_workers={workers}")
+
+
+def _plan(base: ExperimentConfig, metric: str, run: Run) -> TrialPlan:
+    """The search's MLflow run is made once, however often the search is gone on with."""
+    notes = run.folder / "search.json"
+    if not notes.exists():
+        tuning = base.tune_training.model_dump(mode="json")
+        run_id = tracking.start_run(base.experiment_name, run.name, {WHERE: tuning}, {"heliostat.search": "training"})
+        runs.write_atomically(notes, json.dumps({"run_id": run_id}))
+    places = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    environment = {**places, **cluster.TRAIN_ENVIRONMENT, "HELIOSTAT_HOME": str(state.folder())}
+    return TrialPlan(base, metric, run.folder / "trials", json.loads(notes.read_text())["run_id"], environment)
+
+
+def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, console: Console) -> list[Trial]:
+    tuning, training = plan.config.tune_training, plan.config.training
+    notes = plan.folder.parent / "trials.jsonl"
+    known = [json.loads(line)["point"] for line in notes.read_text().splitlines()] if notes.exists() else []
+
+    def note(index: int, point: Point) -> None:
+        if index >= len(known):
+            with notes.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"index": index, "point": point}) + "\n")
+
+    searcher = PointSearcher(
+        searched, tuning, where=WHERE, metric=plan.metric, mode=mode, seed=plan.config.seed, note=note, known=known
+    )
+    inline = training.num_workers == 0
+    outcomes = search.run(
+        TrainingTrial,
+        {"plan": plan},
+        searcher,
+        search.scheduler(
+            tuning.scheduler,
+            time_attr=PROGRESS,
+            max_t=100,
+            grace_period=100 * tuning.grace_period,
+            reduction_factor=tuning.reduction_factor,
+        ),
+        resources=training.ray_resources() if inline else _DRIVER,
+        concurrent=concurrent,
+        time_budget_s=tuning.time_budget_s,
+        # Of several workers Ray Train takes care itself.
+        max_failures=training.max_failures if inline else 0,
+        folder=plan.folder.parent,
+        observer=Observer(console, searcher, describe=lambda outcome: _line(plan, outcome, mode)),
+        stop=GpuHours(tuning.gpu_hours, training) if tuning.gpu_hours else None,
+    )
+    return [_trial(plan, outcome, mode) for outcome in outcomes]
+
+
+class GpuHours(tune.Stopper):  # type: ignore[misc]  # Ray has no types
+    """Ends the search when its trials have used up the budget."""
+
+    def __init__(self, budget: float, training: TrainingConfig) -> None:
+        """Raises:
+        ConfigError: the trials use no GPU.
+        """
+        gpus: float = max(1, training.num_workers) * training.ray_resources().get("GPU", 0)
+        if not gpus:
+            raise ConfigError(f"{WHERE}.gpu_hours: the trials use no GPU; set time_budget_s instead")
+        self._seconds_left = budget * 3600 / gpus
+        self._used: dict[str, float] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Note what the trial has used; it may go on."""
+        self._used[trial_id] = result["seconds"]
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the budget is used up."""
+        return sum(self._used.values()) >= self._seconds_left
+
+
+def _trial(plan: TrialPlan, outcome: Outcome, mode: str) -> Trial:
+    """What the trial's folder tells: Tune has seen only a part where a search was gone on with."""
+    folder = plan.run_folder(outcome.index, outcome.point)
+    facts, rows = runs.facts(folder), plan.rows(folder)
+    values = [row["metrics"][plan.metric] for row in rows]
+    ended = {"trained": "finished", "finished": "finished", "stopped": "stopped"}
+    return Trial(
+        index=outcome.index,
+        point=outcome.point,
+        state=ended.get(facts.get("status", ""), outcome.state),  # type: ignore[arg-type]
+        value=(min(values) if mode == "min" else max(values)) if values else math.nan,
+        curve=tuple((100 * row["step"] / facts["total_steps"], row["metrics"][plan.metric]) for row in rows),
+        steps=rows[-1]["step"] if rows else 0,
+        seconds=_seconds(folder),
+        error=outcome.error,
+    )
+
+
+def _seconds(folder: Path) -> float:
+    rows, _ = journal.read(folder / journal.NAME)
+    return rows[-1]["time"] - rows[0]["time"] if rows else 0.0
+
+
+def _line(plan: TrialPlan, outcome: Outcome, mode: str) -> str:
+    trial = _trial(plan, outcome, mode)
+    point = "  ".join(f"{key}={training_report.shown(value)}" for key, value in trial.point.items())
+    return f"trial {trial.index}  {point}  {plan.metric} {trial.value:.4f}  {training_report.ended(trial)}"
+
+
+def _conclude(plan: TrialPlan, trials: list[Trial], mode: str, run: Run) -> dict[str, Any]:
+    """Choose the best trial, delete what losers left, log everything.
+
+    Raises:
+        TrainingError: there is nothing to choose from.
+    """
+    best = _best(trials, mode)
+    if best is None:
+        tracking.end_run(plan.parent_run_id, "FAILED")
+        errors = [trial.error for trial in trials if trial.error] or ["the budget ended before any trial was evaluated"]
+        raise TrainingError(f"none of {len(trials)} trials came to a result; the first error: {errors[0]}")
+    for trial in trials:
+        _clear(plan.run_folder(trial.index, trial.point), keep_weights=trial is best)
+    table = training_report.table(trials, best, plan.metric)
+    _log(plan, trials, best, table)
+    result = {
+        "best": best.point,
+        "best_trial": best.index,
+        "metric": plan.metric,
+        "value": best.value,
+        "trials": [asdict(trial) for trial in trials],
+        "run_id": plan.parent_run_id,
+        "folder": str(run.folder),
+    }
+    runs.write_atomically(run.folder / "results.json", json.dumps(result, indent=2))
+    run.set_status("finished")
+    return {**result, "table": table}
+
+
+def _best(trials: list[Trial], mode: str) -> Trial | None:
+    """Of the trials that were not stopped, if there are any: what a stopped one reached early says little."""
+    usable = [trial for trial in trials if not math.isnan(trial.value) and trial.state != "failed"]
+    finished = [trial for trial in usable if trial.state == "finished"] or usable
+    sign = 1 if mode == "min" else -1
+    return min(finished, key=lambda trial: sign * trial.value, default=None)
+
+
+def _clear(folder: Path, *, keep_weights: bool) -> None:
+    for name in ("checkpoints", "exports", *(() if keep_weights else ("weights", "init"))):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _log(plan: TrialPlan, trials: list[Trial], best: Trial, table: str) -> None:
+    run_id, metric = plan.parent_run_id, plan.metric
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
+    figures = {
+        "trial_curves": training_report.curves(trials, best, metric),
+        "parallel_coordinates": training_report.parallel_coordinates(trials, best, metric),
+        **{f"{metric}_against_{key.rpartition('.')[2]}": training_report.against(trials, best, metric, key)
+           for key in keys},
+    }  # fmt: skip
+    for name, figure in figures.items():
+        tracking.log_figure(run_id, name, figure)
+    tracking.log_text(run_id, "trials.txt", table)
+    tracking.log_table(run_id, "trials.json", [_flat(trial, keys, metric) for trial in trials])
+    tracking.log_params(run_id, {"best": best.point})
+    counts = {
+        f"trials_{state}": float(sum(t.state == state for t in trials)) for state in ("finished", "stopped", "failed")
+    }
+    tracking.log_metrics(run_id, {f"best_{metric}": best.value, **counts, "steps": float(sum(t.steps for t in trials))})
+    tracking.end_run(run_id)
+
+
+def _flat(trial: Trial, keys: list[str], metric: str) -> dict[str, Any]:
+    values = {key: trial.point.get(key) for key in keys}
+    return {"trial": trial.index, **values, metric: trial.value, "ended": training_report.ended(trial),
+            "steps": trial.steps, "seconds": round(trial.seconds, 1)}  # fmt: skip
+
+
+def _then(
+    config: ExperimentConfig, plan: TrialPlan, result: Mapping[str, Any], console: Console
+) -> dict[str, Any] | None:
+    """Train with the best values in full; a trial that already did so is registered as it is."""
+    if config.tune_training.then != "train":
+        return None
+    best = result["best"]
+    folder = plan.run_folder(result["best_trial"], best)
+    complete = not config.tune_training.overrides and runs.facts(folder)["status"] == "trained"
+    if complete:
+        chosen = plan.configure(best)
+        return asdict(trainer.train(chosen, console, runs.open_folder(folder, trainer.config_hash(chosen))))
+    return asdict(trainer.train(with_values(config, best), console))

@@ -9,11 +9,14 @@ from transformers import GenerationConfig
 
 from heliostat.errors import DataError
 from heliostat.evaluation.config import GenerationSettings
-from heliostat.evaluation.generate import generate, generation_config
+from heliostat.evaluation.generate import batches, decode, generate, generation_config
 from heliostat.models import base
 from tests import tiny
 
 END, PAD, POSITIONS = 0, 1, 128
+
+
+TOKENIZER = tiny.tokenizer()
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -31,7 +34,7 @@ def greedy(max_new_tokens: int | None = 12, **settings: Any) -> GenerationConfig
     return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=END, **settings)
 
 
-def alone(model: Any, prompt: list[int], config: GenerationConfig) -> list[int]:
+def alone(model: Any, prompt: list[int], config: GenerationConfig, **options: Any) -> list[int]:
     """transformers' own generation of one prompt, without padding."""
     ids = torch.tensor([prompt])
     with torch.inference_mode():
@@ -39,6 +42,7 @@ def alone(model: Any, prompt: list[int], config: GenerationConfig) -> list[int]:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig.from_dict({**config.to_dict(), "pad_token_id": PAD}),
+            **options,
         )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
@@ -58,6 +62,73 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model: Any, batch_size: int)
     expected = [until(alone(model, prompt, greedy()), {END}) for prompt in given]
     assert len({tuple(tokens) for tokens in expected}) >= 6, "the prompts have different answers"
     assert run(model, given, greedy(), batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"num_beams": 3, "length_penalty": -2.0, "repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+def test_every_way_of_decoding_gives_what_each_prompt_gives_alone(model: Any, settings: dict[str, Any]) -> None:
+    """The padding counts as no repetition, and each beam goes back to its prompt."""
+    given = [tokens + tokens[:2] for tokens in prompts(3, 20, 2, 17, 9, 9, 31)]
+    config = greedy(8, **settings)
+    expected = [until(alone(model, prompt, config), {END}) for prompt in given]
+    assert expected != [until(alone(model, prompt, greedy(8)), {END}) for prompt in given], "the setting matters"
+    # PAD is what the untrained model would repeat, were it not for the penalty; its own end token is most telling.
+    for pad in (PAD, END, expected[0][0]):
+        assert generate(model, given, config=config, pad_token_id=pad, batch_size=16) == expected
+
+
+def test_where_ngrams_must_not_repeat_no_prompt_is_padded(model: Any) -> None:
+    given = prompts(3, 4, 3, 4, 3)
+    assert [batch.prompts for batch in batches(model, given, greedy(), 4)] == [[0, 2, 4, 1], [3]]
+    assert [batch.prompts for batch in batches(model, given, greedy(no_repeat_ngram_size=2), 4)] == [[0, 2, 4], [1, 3]]
+
+
+def test_one_answer_a_prompt_whatever_the_model_says(model: Any) -> None:
+    config = greedy(4, num_beams=2, num_return_sequences=2)
+    assert len(run(model, prompts(3, 4, 5), config)) == 3
+
+
+def stopped(tokens: list[int], stop: str) -> list[int]:
+    """The tokens up to the one that completes the stop string."""
+    ends = (end for end in range(1, len(tokens) + 1) if stop in TOKENIZER.decode(tokens[:end]))
+    return tokens[: next(ends, len(tokens))]
+
+
+@pytest.mark.parametrize("end", [None, END])
+def test_stop_strings_end_an_answer_in_the_midst_of_a_batch(model: Any, end: int | None) -> None:
+    given = prompts(3, 20, 7, 17, 9)
+    free = [alone(model, prompt, GenerationConfig(max_new_tokens=12, do_sample=False)) for prompt in given]
+    # In all of the answer but its start: a part of a character is no string.
+    stop = next(text for text in map(TOKENIZER.decode, free[0][2:]) if text.isascii())
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=end, stop_strings=[stop])
+    outputs = run(model, given, config, tokenizer=TOKENIZER)
+    texts = decode(TOKENIZER, outputs, config)
+    ends = {END} if end is not None else set()
+    whole = TOKENIZER.batch_decode([until(tokens, ends) for tokens in free], skip_special_tokens=True)
+    assert texts == [text.split(stop)[0] for text in whole]
+    assert texts[0] != whole[0]
+    if end is not None:
+        assert outputs == [until(stopped(tokens, stop), ends) for tokens in free]
+
+
+def test_decoding_cuts_at_the_first_stop_string_of_all() -> None:
+    ids = TOKENIZER("the red cat goes home")["input_ids"] + [END]
+    for stops, expected in [
+        (None, "the red cat goes home"),
+        (["zebra"], "the red cat goes home"),
+        (["goes", " cat"], "the red"),
+        ("go", "the red cat "),
+        (["the"], ""),
+    ]:
+        assert decode(TOKENIZER, [ids], GenerationConfig(stop_strings=stops)) == [expected]
 
 
 def test_the_end_token_and_what_follows_are_cut(model: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from heliostat.data import splits
 from heliostat.errors import DataError, ModelError, RegistryError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import scoring, store, versions
@@ -68,6 +69,80 @@ def test_scores_of_a_registered_model_are_recorded_on_its_version_and_run(home: 
     beside = {name: result["baseline"][name] for name in metrics}
     assert beside == {name: result[name] for name in metrics}, "the bundle holds the weights of its base"
     assert json.loads(json.dumps(result)) == result
+    assert result["intervals"] == {"exact_match": [0.0, 0.0]}
+    assert result["unscored"] == {}
+
+
+def test_scores_say_what_they_were_measured_on(home: Path, registered: str) -> None:
+    score(home)
+    version = versions.get_version("tiny", registered)
+    rows = splits.load_splits(config(home).data, 0, ("test",))["test"]
+    digest = scoring.data_digest(rows, config(home).data)
+    assert version.tags["eval_data.exact_match"] == version.tags["eval_data.loss"] == digest
+
+
+def test_the_digest_of_the_data_is_that_of_what_is_asked(home: Path, tmp_path: Path) -> None:
+    data = config(home).data
+    (tmp_path / "moved.jsonl").write_text((home / "test.jsonl").read_text())
+    moved = data.model_copy(update={"test": str(tmp_path / "moved.jsonl"), "train": "other", "packing": False})
+    rows, same = (splits.load_splits(each, 0, ("test",))["test"] for each in (data, moved))
+    digest = scoring.data_digest(rows, data)
+    assert scoring.data_digest(same, moved) == digest
+    assert scoring.data_digest(rows[1:], data) != digest
+    assert scoring.data_digest(rows[::-1], data) != digest
+    for change in ({"prompt_template": "{prompt} ->"}, {"max_length": 32}, {"columns": {"completion": "kind"}}):
+        assert scoring.data_digest(rows, data.model_copy(update=change)) != digest
+
+
+def logged_table(run_id: str) -> list[dict[str, Any]]:
+    """The rows of the table as MLflow shows it."""
+    stored = json.loads(Path(store.client().download_artifacts(run_id, scoring.PREDICTIONS)).read_text())
+    return [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]]
+
+
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_each_evaluation_is_a_run_with_its_predictions(home: Path, registered: str, is_registered: bool) -> None:
+    reference = f"models:/tiny/{registered}" if is_registered else str(home / "bundle")
+    names = ["exact_match", "chrf"]
+    results = [score(home, reference, metrics=names) for _ in range(2)]
+    runs = [store.client().get_run(result["run_id"]) for result in results]
+    assert runs[0].info.run_id != runs[1].info.run_id
+    run, result = runs[1], results[1]
+    assert (run.info.run_name, run.info.status) == ("evaluation", "FINISHED")
+    assert run.data.metrics == {n: result[n] for n in ("loss", "perplexity", "token_accuracy", *names)}
+    assert run.data.tags["heliostat.model"] == reference
+    parent = versions.get_version("tiny", registered).run_id if is_registered else None
+    assert run.data.tags.get("mlflow.parentRunId") == parent
+    rows = logged_table(run.info.run_id)
+    assert list(rows[0]) == ["prompt", "reference", "prediction", *names]
+    assert [row["prompt"] for row in rows] == tiny.TEXTS[:5]
+    assert [row["reference"] for row in rows] == [" house"] * 5
+    assert sum(row["exact_match"] for row in rows) / 5 == result["exact_match"]
+    assert all(0 <= row["chrf"] <= 100 for row in rows)
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "predictions.json", "type": "table"}]
+
+
+def test_a_store_that_is_away_costs_no_score(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    printed = io.StringIO()
+    result = scoring.score(config(home), str(home / "bundle"), Console(file=printed, width=300))
+    assert result["run_id"] is None
+    assert result["loss"] > 0
+    assert (
+        "the evaluation is not logged to MLflow: the MLflow server at http://127.0.0.1:9 cannot be"
+        in printed.getvalue()
+    )
+
+
+def test_a_judge_that_is_away_leaves_the_other_scores(home: Path, registered: str) -> None:
+    judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "max_retries": 0}
+    result = score(home, metrics=["judge", "exact_match"], judge=judge)
+    assert "judge" not in result
+    assert result["unscored"] == {"judge": 5}
+    assert "judge            5 examples have no score" in scoring.table(result)
+    assert "judge" not in versions.evaluation(versions.get_version("tiny", registered))
+    assert [row["judge"] for row in logged_table(result["run_id"])] == [None] * 5
 
 
 def test_a_folder_is_scored_and_recorded_nowhere(home: Path, registered: str) -> None:
@@ -102,8 +177,18 @@ def test_the_table_shows_every_score_beside_the_baselines(home: Path) -> None:
     for name in ("loss", "perplexity", "token_accuracy", "exact_match"):
         (line,) = (line for line in text.splitlines() if line.split()[0] == name)
         assert line.split()[1] == f"{result[name]:.4f}"
-        assert line.endswith(f"base: {result['baseline'][name]:.4f}")
+        assert f"   base: {result['baseline'][name]:.4f}" in line
     assert "(n=3)" in text
+
+
+def test_the_table_shows_intervals() -> None:
+    scores = {"n": 3, "loss": 0.5, "exact_match": 0.987, "intervals": {"exact_match": [0.978, 0.9954]}, "unscored": {}}
+    text = scoring.table({"model": "m", **scores, "groups": {}, "baseline": {"model": "base", **scores}})
+    assert text.splitlines() == [
+        "m on 3 examples",
+        "  loss             0.5000   base: 0.5000",
+        "  exact_match      0.9870 [0.978, 0.995]   base: 0.9870 [0.978, 0.995]",
+    ]
 
 
 def test_what_is_missing_is_named(home: Path, registered: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from mlflow.artifacts import list_artifacts, load_dict
 from mlflow.exceptions import MlflowException
 
 from heliostat.errors import RegistryError
-from heliostat.registry import store, versions
+from heliostat.registry import audit, store, versions
 from heliostat.registry.audit import Entry, History, PromotionLog
 
 pytestmark = pytest.mark.usefixtures("module_store")
@@ -168,10 +169,15 @@ def test_an_entry_that_comes_while_the_aliases_are_set_wins(
     assert versions.aliases(name) == {"champion": "2", "previous_champion": "1"}
 
 
-def test_tags_and_artifacts_follow_and_are_made_up_for(name: str, log: PromotionLog) -> None:
+def test_tags_and_artifacts_of_the_killed_are_made_up_for(
+    name: str, log: PromotionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log.append(log.read(), promotion(None, "1", "first"))
     log.append(log.read(), promotion("1", "2", "second"))
     log.append(log.read(), promotion("2", "1", "third"))
+    log.settle()
+    assert list_artifacts(run_id=log.run_id, tracking_uri=store.connect()) == [], "whoever wrote them may be about to"
+    monkeypatch.setattr(audit, "_IN_FLIGHT", timedelta(0))
     log.settle()
     assert [artifact(log, number)["reason"] for number in (1, 2, 3)] == ["first", "second", "third"]
     assert artifact(log, 2)["previous"] == "1"
@@ -185,11 +191,11 @@ def test_tags_and_artifacts_follow_and_are_made_up_for(name: str, log: Promotion
 
 @pytest.mark.parametrize("character", ["x", "ä", '"', "\n", "😀"])
 def test_a_long_reason_is_cut_to_what_mlflow_holds(log: PromotionLog, character: str) -> None:
-    log.append(log.read(), promotion(None, "1", character * 7000))
+    assert log.append(log.read(), promotion(None, "1", character * 7000)) == 1
     (entry,) = log.read().entries
     assert entry.reason == character * (len(entry.reason) - 1) + "…"
     assert 2500 < len(entry.reason) < 6000
-    log.settle()
+    log.finish(1)
     assert artifact(log, 1)["reason"] == entry.reason
 
 

@@ -15,7 +15,7 @@ import random
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
 
 from mlflow import MlflowClient
@@ -32,6 +32,8 @@ _RUN_TAG = "heliostat.promotion_log"
 _PREFIX = "promotion."
 # MLflow's MAX_PARAM_VAL_LENGTH; it would cut what is longer.
 _MAX_LENGTH = 6000
+# How long the one who wrote an entry has to write its tags and artifact, before others do.
+_IN_FLIGHT = timedelta(minutes=1)
 # The longest pause after a lost race, times the number of races lost in a row (up to 10).
 _PAUSE_S = 0.02
 
@@ -156,28 +158,44 @@ class PromotionLog:
         entries = tuple(Entry(**json.loads(params[key])) for key in keys)
         return History(entries, None if entries else self._adopted())
 
-    def append(self, history: History, entry: Entry) -> bool:
-        """Add the entry behind `history`. False: another process was quicker, and nothing was added.
+    def append(self, history: History, entry: Entry) -> int | None:
+        """Add the entry behind `history` and return its number; None: another process was quicker, nothing was added.
 
         Raises:
             RegistryError: the entry is too long, or the store failed.
         """
-        pending = [*filter(None, (history.adopted,)), entry]
-        return all(self._write(len(history.entries) + place, new) for place, new in enumerate(pending, 1))
+        number = len(history.entries)
+        for new in filter(None, (history.adopted, entry)):
+            number += 1
+            if not self._write(number, new):
+                return None
+        return number
 
-    def settle(self) -> None:
-        """Make aliases, tags and artifacts what the log says.
-
-        Whoever moves an alias looks at the log once more afterwards, so the last one to move it saw the newest entry.
+    def settle(self) -> History:
+        """Make the aliases, and the tags and artifacts of those who were killed, what the log says; return the log.
 
         Raises:
             RegistryError: the store failed.
         """
-        history, settled = self.read(), None
-        while history.entries and history != settled:
-            self._project(history)
-            settled, history = history, self.read()
-        self._publish(history)
+        history = self._align()
+        overdue = datetime.now(UTC) - _IN_FLIGHT
+        with store.failures(f"the promotion log of `{self.name}` cannot be completed"):
+            client = store.client()
+            written = {file.path for file in store.attempt(lambda: client.list_artifacts(self.run_id, ARTIFACTS))}
+            for number, entry in enumerate(history.entries, 1):
+                if _path(number) not in written and datetime.fromisoformat(entry.when) <= overdue:
+                    self._publish(history, number)
+        return history
+
+    def finish(self, number: int) -> None:
+        """Let aliases, tags and artifacts follow the new entry of that number.
+
+        Raises:
+            RegistryError: the store failed.
+        """
+        history = self._align()
+        with store.failures(f"the promotion of `{self.name}` cannot be recorded"):
+            self._publish(history, number)
 
     def _adopted(self) -> Entry | None:
         known = versions.aliases(self.name)
@@ -198,6 +216,17 @@ class PromotionLog:
                 return bool(present == value)  # it may have been written although it seemed to fail
         return True
 
+    def _align(self) -> History:
+        """Set the aliases and return the log.
+
+        Whoever moves an alias looks at the log once more afterwards, so the last one to move it saw the newest entry.
+        """
+        history, seen = self.read(), None
+        while history.entries and history != seen:
+            self._project(history)
+            seen, history = history, self.read()
+        return history
+
     def _project(self, history: History) -> None:
         current = versions.aliases(self.name)
         with store.failures(f"the aliases of `{self.name}` cannot be set"):
@@ -205,23 +234,22 @@ class PromotionLog:
                 if version != current.get(alias):
                     _set_alias(store.client(), self.name, alias, version)
 
-    def _publish(self, history: History) -> None:
-        """Write the tags and artifacts of those entries that have none yet."""
-        with store.failures(f"the promotion of `{self.name}` cannot be recorded"):
-            client = store.client()
-            written = {file.path for file in store.attempt(lambda: client.list_artifacts(self.run_id, ARTIFACTS))}
-            newest = {entry.version: entry for entry in history.entries}
-            for index, entry in enumerate(history.entries, 1):
-                path = f"{ARTIFACTS}/{index:06}.json"
-                if path not in written:
-                    if newest[entry.version] is entry:
-                        _tag(client, self.name, entry)
-                    client.log_text(self.run_id, json.dumps(asdict(entry), ensure_ascii=False, indent=2) + "\n", path)
+    def _publish(self, history: History, number: int) -> None:
+        """Write the tags of the entry's version, unless a newer entry has, and last the artifact."""
+        client, entry = store.client(), history.entries[number - 1]
+        if entry.version not in {newer.version for newer in history.entries[number:]}:
+            _tag(client, self.name, entry)
+        text = json.dumps(asdict(entry), ensure_ascii=False, indent=2) + "\n"
+        store.attempt(lambda: client.log_text(self.run_id, text, _path(number)))
 
 
 def back_off(lost: int) -> None:
     """Wait a random moment after so many lost races in a row."""
     time.sleep(random.uniform(0, _PAUSE_S * min(lost, 10)))
+
+
+def _path(number: int) -> str:
+    return f"{ARTIFACTS}/{number:06}.json"
 
 
 def _signed(entry: Entry) -> Entry:

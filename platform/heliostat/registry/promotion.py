@@ -66,18 +66,19 @@ def promote(
     """
     candidate = versions.get_version(name, version) if version else versions.version_of_alias(name, CHALLENGER)
     log = PromotionLog.open(name)
-    log.settle()
     asked = [*gates, *([Gate(metric=metric)] if metric else [])]
-    _compare(candidate, _existing(name, log.read().champion), asked, config)
+    _compare(candidate, _existing(name, log.settle().champion), asked, config)
     _verify(candidate, verify)
     for lost in count():
         back_off(lost)
         history = log.read()
         champion = history.champion
         scores = _compare(candidate, _existing(name, champion), asked, config)
-        if champion == candidate.version or log.append(history, _entry(candidate, champion, scores, reason)):
+        if champion == candidate.version:
             break
-    log.settle()
+        if number := log.append(history, _entry(candidate, champion, scores, reason)):
+            log.finish(number)
+            break
     return Promotion(name, candidate.version, champion, scores)
 
 
@@ -91,8 +92,7 @@ def rollback(name: str, reason: str = "", *, verify: Callable[[Path], None]) -> 
         RegistryError: there is no such model, the version was deleted, or the store failed.
     """
     log = PromotionLog.open(name)
-    log.settle()
-    history = log.read()
+    history = log.settle()
     if len(history.champions) < 2:
         held = f"version {history.champion} is its first champion" if history.champion else "it has no champion"
         raise GateRefused(f"`{name}` cannot be rolled back: {held}; promote another version instead")
@@ -112,9 +112,9 @@ def rollback(name: str, reason: str = "", *, verify: Callable[[Path], None]) -> 
                 f"`{name}` is not rolled back: its champion was version {champion}, and became version "
                 f"{history.champion} meanwhile; look whether that one is what you want"
             )
-        if log.append(history, Entry("rollback", champion, previous, reason=reason)):
+        if number := log.append(history, Entry("rollback", champion, previous, reason=reason)):
+            log.finish(number)
             break
-    log.settle()
     return Promotion(name, previous, champion)
 
 

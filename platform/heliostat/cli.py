@@ -172,6 +172,24 @@ def _show_tune_training(result: Result) -> str:
     return f"{result['table']}\nbest: {best}  {result['metric']} {result['value']:.4f}\nrun {result['run_id']}{trained}"
 
 
+def _tune_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--model", help="whose settings; default: the challenger registered under the config's name")
+
+
+def _tune_decoding(options: argparse.Namespace) -> Result:
+    config = _load(options)
+    from heliostat.tuning import decoding_search
+
+    return decoding_search.tune_decoding(config, options.model, _console())
+
+
+def _show_tune_decoding(result: Result) -> str:
+    from heliostat.tuning import decoding_search
+
+    return decoding_search.show(result)
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--model", help="what to score; default: the challenger registered under the config's name")
@@ -383,6 +401,12 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train a model and register it", _config_arguments, _train, _show_train),
     "tune-training": Command(
         "search values of training keys with Ray Tune", _config_arguments, _tune_training, _show_tune_training
+    ),
+    "tune-decoding": Command(
+        "search decoding settings and prompts for a model",
+        _tune_decoding_arguments,
+        _tune_decoding,
+        _show_tune_decoding,
     ),
     "evaluate": Command("score a model on the test split", _evaluate_arguments, _evaluate, _show_evaluate),
     "promote": Command(

@@ -158,11 +158,11 @@ def test_an_entry_that_comes_while_the_aliases_are_set_wins(
     log.append(log.read(), promotion(None, "1"))
     set_slowly, client = log._project, store.client()
 
-    def overtaken(history: History) -> None:
+    def overtaken(history: History) -> bool:
         if len(history.entries) == 1:
             log.append(history, promotion("1", "2"))
             client.set_registered_model_alias(name, "champion", "2")
-        set_slowly(history)
+        return set_slowly(history)
 
     monkeypatch.setattr(log, "_project", overtaken)
     log.settle()

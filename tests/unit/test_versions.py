@@ -1,13 +1,19 @@
 """A registered bundle comes back byte for byte by alias and number; wrong references are told apart."""
 
+import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow.artifacts import download_artifacts
 
-from heliostat.errors import RegistryError
+from heliostat.errors import ModelError, RegistryError
+from heliostat.models import bundle as bundles
+from heliostat.models import files
 from heliostat.registry import store, versions
+from tests import mlflow_server
 
 pytestmark = pytest.mark.usefixtures("module_store")
 
@@ -191,3 +197,115 @@ def test_an_upload_that_fails_leaves_no_version_and_the_alias_where_it_was(
     (bundle / "zz-dangling").unlink()
     assert versions.register(run_id, bundle, name, {}).version == "2"
     assert contents(Path(versions.resolve(f"models:/{name}@challenger").path)) == contents(bundle)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server's URI and the folder that holds its artifacts."""
+    folder = tmp_path_factory.mktemp("server")
+    with mlflow_server.running(folder) as uri:
+        yield uri, folder / "artifacts"
+
+
+@pytest.fixture
+def on_server(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The test's store is the server, and its downloads are its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server[0])
+    monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "downloading"))
+    return server[1]
+
+
+def new_run() -> str:
+    return str(store.client().create_run(store.experiment_id("shared")).info.run_id)
+
+
+def write_bundle(folder: Path, **contents: bytes) -> Path:
+    """A bundle as far as its manifest goes; the files are called NAME.bin."""
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / f"{name}.bin").write_bytes(content)
+    hashes = {path.name: files.sha256(path) for path in folder.iterdir()}
+    (folder / bundles.MANIFEST).write_text(json.dumps({"format_version": 1, "files": hashes}))
+    return folder
+
+
+LARGE = os.urandom(versions.SHARED_BYTES)
+OTHER = os.urandom(versions.SHARED_BYTES)
+
+
+def stored(folder: Path) -> int:
+    """Bytes on disk below the folder, a file with several names counted once."""
+    found = {path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return sum(found.values())
+
+
+def register_three(tmp_path: Path, name: str) -> list[Path]:
+    """Version 2 shares the weights of 1; version 3 shares them by way of 2, and one more large file of 2 itself."""
+    first = write_bundle(tmp_path / "first", weights=LARGE, settings=b"1")
+    second = write_bundle(tmp_path / "second", weights=LARGE, extra=OTHER, settings=b"2")
+    third = write_bundle(tmp_path / "third", weights=LARGE, extra=OTHER, settings=b"3")
+    version = versions.register(new_run(), first, name, {})
+    version = versions.register(new_run(), second, name, {}, shares=version)
+    version = versions.register(new_run(), third, name, {}, shares=versions.get_version(name, "2"))
+    assert version.version == "3"
+    return [first, second, third]
+
+
+def test_shared_files_are_linked_in_a_folder_of_artifacts(tmp_path: Path, name: str, home: Path) -> None:
+    before = stored(home / "artifacts")
+    given = register_three(tmp_path, name)
+    assert stored(home / "artifacts") - before < 2 * versions.SHARED_BYTES + 10_000
+    folders = [Path(versions.resolve(f"models:/{name}/{number}").path) for number in (1, 2, 3)]
+    assert [contents(folder) for folder in folders] == [contents(folder) for folder in given]
+    assert len({(folder / "weights.bin").stat().st_ino for folder in folders}) == 1
+    assert not any(versions.SHARED_TAG in versions.get_version(name, number).tags for number in "123")
+    shutil.rmtree(folders[0])
+    assert contents(folders[2]) == contents(given[2]), "a complete bundle, whatever becomes of the others"
+
+
+def test_shared_files_are_not_sent_to_a_server_again(tmp_path: Path, name: str, on_server: Path) -> None:
+    before = stored(on_server)
+    given = register_three(tmp_path, name)
+    assert stored(on_server) - before < 2 * versions.SHARED_BYTES + 10_000
+    shutil.rmtree(tmp_path / "downloading")  # another machine
+    third = Path(versions.resolve(f"models:/{name}/3").path)
+    assert contents(third) == contents(given[2])
+    folders = [Path(versions.resolve(f"models:/{name}/{number}").path) for number in (1, 2, 3)]
+    assert [contents(folder) for folder in folders] == [contents(folder) for folder in given]
+    assert len({(folder / "weights.bin").stat().st_ino for folder in folders}) == 1, "downloaded once"
+    assert stored(tmp_path / "downloading") < 2 * versions.SHARED_BYTES + 10_000
+    assert sorted(path.name for path in third.parent.iterdir()) == sorted(folder.name for folder in folders)
+
+
+def test_a_version_outlives_the_registry_entry_it_shares_with(tmp_path: Path, name: str, on_server: Path) -> None:
+    given = register_three(tmp_path, name)
+    store.client().delete_model_version(name, "1")
+    store.client().delete_model_version(name, "2")
+    shutil.rmtree(tmp_path / "downloading")
+    assert contents(Path(versions.resolve(f"models:/{name}/3").path)) == contents(given[2])
+
+
+def test_a_version_whose_shared_files_are_gone_is_a_clear_error(tmp_path: Path, name: str, on_server: Path) -> None:
+    register_three(tmp_path, name)
+    run_id = versions.get_version(name, "1").run_id
+    (found,) = on_server.rglob(f"{run_id}/artifacts/model")
+    shutil.rmtree(found)
+    shutil.rmtree(tmp_path / "downloading")
+    with pytest.raises(RegistryError, match=run_id):
+        versions.resolve(f"models:/{name}/3")
+
+
+def test_nothing_is_shared_with_a_version_of_other_files(tmp_path: Path, name: str, on_server: Path) -> None:
+    first = write_bundle(tmp_path / "first", weights=LARGE, settings=b"same")
+    second = write_bundle(tmp_path / "second", weights=OTHER, settings=b"same")
+    version = versions.register(new_run(), first, name, {})
+    version = versions.register(new_run(), second, name, {}, shares=version)
+    assert versions.SHARED_TAG not in version.tags
+    assert contents(Path(versions.resolve(version.uri).path)) == contents(second)
+
+
+def test_only_bundles_share(run_id: str, bundle: Path, tmp_path: Path, name: str) -> None:
+    version = versions.register(run_id, bundle, name, {})
+    with pytest.raises(ModelError, match=r"heliostat.json: is damaged or not a bundle manifest"):
+        versions.register(run_id, write_bundle(tmp_path / "b", weights=LARGE), name, {}, shares=version)
+    assert versions.aliases(name) == {"challenger": "1"}

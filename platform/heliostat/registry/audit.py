@@ -221,18 +221,22 @@ class PromotionLog:
 
         Whoever moves an alias looks at the log once more afterwards, so the last one to move it saw the newest entry.
         """
-        history, seen = self.read(), None
-        while history.entries and history != seen:
-            self._project(history)
-            seen, history = history, self.read()
+        history = self.read()
+        while history.entries and self._project(history):
+            newer = self.read()
+            if newer == history:
+                break
+            history = newer
         return history
 
-    def _project(self, history: History) -> None:
+    def _project(self, history: History) -> bool:
+        """Set the aliases; False if they were right."""
         current = versions.aliases(self.name)
+        wrong = {alias: version for alias, version in history.aliases.items() if version != current.get(alias)}
         with store.failures(f"the aliases of `{self.name}` cannot be set"):
-            for alias, version in history.aliases.items():
-                if version != current.get(alias):
-                    _set_alias(store.client(), self.name, alias, version)
+            for alias, version in wrong.items():
+                _set_alias(store.client(), self.name, alias, version)
+        return bool(wrong)
 
     def _publish(self, history: History, number: int) -> None:
         """Write the tags of the entry's version, unless a newer entry has, and last the artifact."""

@@ -1,4 +1,5 @@
-"""Model versions: a folder registered under a name, found again by alias or number. Knows nothing of its content.
+"""Model versions: a folder registered under a name, found again by alias or number. Of its content it knows
+only the manifest, and that for shared files alone.
 
 A version's source is a plain artifact folder of its run, without an MLmodel file: MLflow would write a metadata file of
 its own into such a folder whenever it is downloaded, and a bundle holds exactly the files of its manifest.
@@ -6,10 +7,13 @@ its own into such a folder whenever it is downloaded, and a bundle holds exactly
 
 import difflib
 import functools
+import glob
 import hashlib
+import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +32,14 @@ from mlflow.utils.uri import append_to_uri_path, is_local_uri
 from heliostat import state
 from heliostat.config import fingerprint
 from heliostat.errors import RegistryError
+from heliostat.models.bundle import read_manifest
 from heliostat.registry import store
 
 ARTIFACT_PATH = "model"
 DIGEST_TAG = "heliostat.bundle_sha256"
+SHARED_TAG = "heliostat.shared_files"
+# Smaller files are not worth leaving out.
+SHARED_BYTES = 1 << 20
 EVALUATION_PREFIX = "eval."
 EVALUATION_DATA_PREFIX = "eval_data."
 
@@ -74,14 +82,22 @@ def register(
     tags: Mapping[str, str],
     alias: str = "challenger",
     description: str | None = None,
+    shares: ModelVersion | None = None,
 ) -> ModelVersion:
     """Upload the bundle to the run and make it a new version of the model `name`, which is created if there is none.
 
     The alias moves last, when everything is in place. Registering the same files for the same run again (after a crash,
     say) gives the version that is already there.
 
+    Args:
+        shares: a version with some of the same large files, by the manifests of both bundles. These are not uploaded
+            again. Where artifacts are folders of this machine they are linked, and the new version is as complete as
+            any. Elsewhere the tag `heliostat.shared_files` says where they are, and `resolve` puts the folder together;
+            MLflow by itself downloads only the others, and deleting the artifacts of `shares` breaks the new version.
+
     Raises:
         RegistryError: a malformed name or alias, no such folder, or the store failed.
+        ModelError: with `shares`, one of the two is no bundle.
     """
     check_name(name)
     check_alias(alias)
@@ -92,8 +108,12 @@ def register(
         digest = _digest(bundle)
         version = _registered(client, run_id, name, digest)
         if version is None:
-            source = _upload(client, run_id, bundle, digest)
-            version = _create(client, run_id, source, name, {**tags, DIGEST_TAG: digest}, description)
+            path = _artifact_path(client, run_id, digest)
+            source = str(append_to_uri_path(client.get_run(run_id).info.artifact_uri, path))
+            shared = _shared_files(bundle, source, shares) if shares else None
+            _upload(client, run_id, bundle, path, shared)
+            tags = {**tags, **_place(shared, source), DIGEST_TAG: digest}
+            version = _create(client, run_id, source, name, tags, description)
         client.set_registered_model_alias(name, alias, version.version)
     return version
 
@@ -293,12 +313,70 @@ def _registered(client: MlflowClient, run_id: str, name: str, digest: str) -> Mo
     return None
 
 
-def _upload(client: MlflowClient, run_id: str, bundle: Path, digest: str) -> str:
-    """Log the bundle to the run, beside earlier ones and never into them. Returns the URI of the files."""
+def _artifact_path(client: MlflowClient, run_id: str, digest: str) -> str:
+    """Where in the run the bundle goes: beside earlier ones and never into them."""
     taken = bool(client.list_artifacts(run_id, ARTIFACT_PATH))
-    path = f"{ARTIFACT_PATH}-{digest[:8]}" if taken else ARTIFACT_PATH
-    client.log_artifacts(run_id, str(bundle), path)
-    return str(append_to_uri_path(client.get_run(run_id).info.artifact_uri, path))
+    return f"{ARTIFACT_PATH}-{digest[:8]}" if taken else ARTIFACT_PATH
+
+
+@dataclass(frozen=True)
+class _SharedFiles:
+    """Files that another version has already."""
+
+    owner: ModelVersion
+    source: str
+    """Where the owner's artifacts are."""
+    folder: Path
+    """The owner's complete bundle on this machine."""
+    names: tuple[str, ...]
+
+
+def _shared_files(new: Path, target: str, owner: ModelVersion) -> _SharedFiles | None:
+    """Those of the bundle `new`, which goes to `target`; None: there are none, or they cannot be shared."""
+    source = str(store.client().get_model_version_download_uri(owner.name, owner.version))
+    if _is_local(source) and not _is_local(target):
+        return None  # nobody else could read them there
+    folder = _fetch(owner, source)
+    ours, theirs = (read_manifest(place)["files"] for place in (new, folder))
+    same = sorted(name for name in ours.keys() & theirs.keys() if ours[name] == theirs[name])
+    names = tuple(name for name in same if (new / name).stat().st_size >= SHARED_BYTES)
+    return _SharedFiles(owner, source, folder, names) if names else None
+
+
+def _upload(client: MlflowClient, run_id: str, new: Path, path: str, shared: _SharedFiles | None) -> None:
+    if shared is None:
+        client.log_artifacts(run_id, str(new), path)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{new.name}-", dir=new.parent) as temporary:
+        rest = Path(temporary) / "rest"
+        shutil.copytree(new, rest, copy_function=_link, ignore=shutil.ignore_patterns(*map(glob.escape, shared.names)))
+        client.log_artifacts(run_id, str(rest), path)
+
+
+def _place(shared: _SharedFiles | None, target: str) -> dict[str, str]:
+    """Link the shared files into the folder `target`; where it is none, the tag that stands for them."""
+    if shared is None:
+        return {}
+    if not _is_local(target):
+        owner = shared.owner
+        whose = {"name": owner.name, "version": owner.version, "run_id": owner.run_id, "source": shared.source}
+        return {SHARED_TAG: json.dumps({**whose, "files": shared.names, "shares": owner.tags.get(SHARED_TAG)})}
+    for name in shared.names:
+        linked = Path(local_file_uri_to_path(target)) / name
+        linked.unlink(missing_ok=True)  # left by a registration that was killed
+        _link(str(shared.folder / name), str(linked))
+    return {}
+
+
+def _is_local(uri: str) -> bool:
+    return bool(is_local_uri(uri, is_tracking_or_registry_uri=False))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _create(
@@ -323,7 +401,7 @@ def _digest(folder: Path) -> str:
 
 
 def _fetch(version: ModelVersion, source: str) -> Path:
-    if is_local_uri(source, is_tracking_or_registry_uri=False):
+    if _is_local(source):
         path = Path(local_file_uri_to_path(source))
         if not path.is_dir():
             raise RegistryError(f"{version.uri}: its files are at {path}, which does not exist on this machine")
@@ -331,18 +409,33 @@ def _fetch(version: ModelVersion, source: str) -> Path:
     # The version's number alone is no key: another server, or a model made anew, has a version of that number too.
     key = fingerprint([store.shown(store.connect()), source, version.run_id])[:8]
     target = state.folder() / "downloads" / version.name / f"{version.version}-{key}"
-    return target if target.is_dir() else _download(source, target)
+    return target if target.is_dir() else _download(version, source, target)
 
 
-def _download(source: str, target: Path) -> Path:
+def _download(version: ModelVersion, source: str, target: Path) -> Path:
+    shared = _shared_paths(version)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         downloaded = Path(download_artifacts(source, dst_path=temporary, tracking_uri=store.connect()))
         if not downloaded.is_dir() or not any(downloaded.iterdir()):
             raise RegistryError(f"{store.shown(source)}: holds no files; register the model again")
+        for path in shared:
+            _link(str(path), str(downloaded / path.name))
         try:
             os.replace(downloaded, target)
         except OSError:
             if not target.is_dir():  # else another process was quicker, with the same files
                 raise
     return target
+
+
+def _shared_paths(version: ModelVersion) -> list[Path]:
+    """The files that the version shares with another one, whose folder is fetched for them."""
+    tag = version.tags.get(SHARED_TAG)
+    if tag is None:
+        return []
+    owner = json.loads(tag)
+    tags = {SHARED_TAG: owner["shares"]} if owner["shares"] else {}
+    # All of it is in the tag: the owner's version may have been deleted from the registry, and its files not.
+    folder = _fetch(ModelVersion(owner["name"], owner["version"], owner["run_id"], tags), owner["source"])
+    return [folder / name for name in owner["files"]]

@@ -13,6 +13,7 @@ from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation import completion
+from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
 from tests import tiny
@@ -93,3 +94,38 @@ def test_answers_come_in_order_by_the_models_defaults_and_settings_over_them(loa
 def test_a_prompt_longer_than_the_model_is_refused(loaded: InferenceModel) -> None:
     with pytest.raises(DataError, match=r"leaves none of the model's 128 positions for an answer"):
         completion.complete(trained_as(loaded, format="text"), ["the red cat " * 100], {})
+
+
+PREFIX = PromptPrefix("Be brief.", (("one?", " two"), ("three?", " four")))
+
+
+def test_the_bundles_prefix_comes_before_prompts(loaded: InferenceModel) -> None:
+    plain = trained_as(
+        loaded, format="prompt_completion", prompt_template="Q: {prompt} A:", prompt_prefix=PREFIX.manifest()
+    )
+    ids = completion.encode_prompt(plain, "five?")
+    assert loaded.tokenizer.decode(ids) == "Be brief.\n\none? two\n\nthree? four\n\nQ: five? A:"
+    chat = trained_as(loaded, format="chat", prompt_prefix=PREFIX.manifest())
+    messages = [{"role": "system", "content": "Be brief."}]
+    for prompt, answer in PREFIX.few_shot:
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    messages += [{"role": "user", "content": "five?"}]
+    expected = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert completion.encode_prompt(chat, "five?") == expected
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_an_empty_prefix_changes_nothing(loaded: InferenceModel, kind: str) -> None:
+    empty = trained_as(loaded, format=kind, prompt_prefix=PromptPrefix().manifest())
+    assert completion.encode_prompt(empty, "five?") == completion.encode_prompt(
+        trained_as(loaded, format=kind), "five?"
+    )
+
+
+def test_a_stop_string_of_the_bundle_cuts_the_answer(loaded: InferenceModel) -> None:
+    whole = completion.complete(trained_as(loaded, format="text"), ["the red cat"], {"max_new_tokens": 20})[0]
+    stop = whole[len(whole) // 2 :][:2]
+    model = copy.deepcopy(loaded.model)
+    model.generation_config.update(max_new_tokens=20, stop_strings=[stop])
+    stopping = replace(trained_as(loaded, format="text"), model=model)
+    assert completion.complete(stopping, ["the red cat"], {}) == [whole[: whole.index(stop)]]

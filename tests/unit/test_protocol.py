@@ -1,6 +1,7 @@
 """Requests are read as OpenAI's clients write them; what is not honoured is refused by name, and nothing is quoted."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,16 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("tools", [{"type": "function"}]),
     ("store", True),
 ]
+# What a bundle may bring, a request may not ask for.
+BUNDLES_ONLY = [
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "length_penalty",
+    "extra",
+]
 
 
 @pytest.mark.parametrize("make", [completion, chat])
@@ -84,6 +95,11 @@ def test_parameters_that_are_not_honoured_are_refused_by_name(make: Any, param: 
     error = refusal(make, **{param: value})
     assert (error.status, error.param, error.code) == (400, param, "unsupported_parameter")
     assert param in str(error)
+
+
+@pytest.mark.parametrize("param", BUNDLES_ONLY)
+def test_settings_of_bundles_are_no_parameters(param: str) -> None:
+    assert refusal(completion, **{param: 1}).code == "unknown_parameter"
 
 
 @pytest.mark.parametrize("make", [completion, chat])
@@ -147,6 +163,10 @@ def test_settings_left_open_are_the_models_own() -> None:
     given = completion(temperature=0, top_p=0.5, top_k=3, stop="\n").sampling(TUNED, 7)
     assert given == SamplingParams(7, temperature=0, top_k=3, top_p=0.5, stop=("\n",))
     assert completion(stop=["a", "b"]).sampling(GREEDY, 7).stop == ("a", "b")
+    stopping = replace(GREEDY, stop=("x",), extra={"repetition_penalty": 1.2})
+    assert completion().sampling(stopping, 7) == SamplingParams(7, stop=("x",), extra={"repetition_penalty": 1.2})
+    assert completion(stop=[]).sampling(stopping, 7).stop == ()
+    assert completion(stop="\n").sampling(stopping, 7).stop == ("\n",)
 
 
 def test_how_many_tokens_are_generated() -> None:

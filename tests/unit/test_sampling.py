@@ -112,7 +112,51 @@ def test_defaults_are_what_generate_would_use() -> None:
     assert DecodingDefaults.of(GenerationConfig(do_sample=True)).top_k == 50
 
 
-@pytest.mark.parametrize("setting", [{"repetition_penalty": 1.2}, {"num_beams": 4}, {"min_p": 0.1}])
+def test_stop_strings_of_a_bundle_hold_where_a_request_gives_none() -> None:
+    for given in ("\n", ["\n"]):
+        defaults = DecodingDefaults.of(GenerationConfig(stop_strings=given))
+        assert defaults.params(5) == SamplingParams(5, stop=("\n",))
+        assert defaults.params(5, stop=["a", "b"]).stop == ("a", "b")
+        assert defaults.params(5, stop=[]).stop == ()
+
+
+def test_settings_that_continuous_batching_cannot_do_come_along() -> None:
+    tuned = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "num_beams": 4, "length_penalty": 0.5}
+    defaults = DecodingDefaults.of(GenerationConfig(**tuned))
+    assert defaults.params(5) == SamplingParams(5, extra=tuned)
+    assert defaults.params(7, temperature=0, top_k=3) == SamplingParams(7, temperature=0, top_k=3, extra=tuned)
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_p": 0.0, "typical_p": 1.0}
+    assert DecodingDefaults.of(GenerationConfig(**neutral, stop_strings=[])).extra == {}
+    assert DecodingDefaults.of(GenerationConfig(length_penalty=2.0, early_stopping=True)).extra == {}, "without beams"
+
+
+def test_what_only_sampling_heeds_is_off_when_greedy() -> None:
+    sampled = DecodingDefaults.of(GenerationConfig(do_sample=True, temperature=0.8, min_p=0.1, repetition_penalty=1.2))
+    assert sampled.params(5).extra == {"min_p": 0.1, "repetition_penalty": 1.2}
+    assert sampled.params(5, temperature=0).extra == {"repetition_penalty": 1.2}
+    greedy = DecodingDefaults.of(GenerationConfig(min_p=0.1, typical_p=0.9))
+    assert greedy.params(5) == SamplingParams(5)
+    assert greedy.params(5, temperature=0.5).extra == {"min_p": 0.1, "typical_p": 0.9}
+
+
+def test_a_temperature_on_a_bundle_tuned_for_beams_samples_without_beams() -> None:
+    defaults = DecodingDefaults.of(GenerationConfig(num_beams=4, length_penalty=0.5, repetition_penalty=1.2))
+    assert defaults.params(5, temperature=0.5) == SamplingParams(5, temperature=0.5, extra={"repetition_penalty": 1.2})
+    both = DecodingDefaults.of(GenerationConfig(num_beams=4, do_sample=True, temperature=0.8))
+    assert both.params(5).extra == {"num_beams": 4}
+    assert both.params(5, temperature=0.3).extra == {"num_beams": 4}
+    assert both.params(5, temperature=0).extra == {"num_beams": 4}
+
+
+@pytest.mark.parametrize(
+    "setting", [{"penalty_alpha": 0.6}, {"num_beam_groups": 2}, {"guidance_scale": 1.5}, {"max_time": 3.0}]
+)
 def test_a_bundle_tuned_for_what_cannot_be_done_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=next(iter(setting))):
+        DecodingDefaults.of(GenerationConfig(**setting))
+
+
+@pytest.mark.parametrize("setting", [{"do_sample": True, "top_k": 2.5}, {"stop_strings": [""]}])
+def test_a_bundle_with_a_wrong_value_is_refused_at_once(setting: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
         DecodingDefaults.of(GenerationConfig(**setting))

@@ -100,3 +100,12 @@ def test_a_completion_ends_at_eos_stop_string_or_limit(tokenizer: Any) -> None:
     assert ended.finish_reason is None
     assert ended.extend([tokenizer.eos_token_id]).text == "w"
     assert text == "hello "
+
+
+def test_a_completion_that_is_over_says_so_even_if_no_token_does(tokenizer: Any) -> None:
+    ids = tokenizer("hello w", add_special_tokens=False)["input_ids"]
+    for params, text in [(SamplingParams(100), "hello w"), (SamplingParams(100, stop=("world",)), "hello w")]:
+        delta = Completion(tokenizer, [5], params, frozenset()).finish(ids)
+        assert (delta.text, delta.finish_reason, delta.completion_tokens) == (text, "stop", len(ids))
+    delta = Completion(tokenizer, [5], SamplingParams(len(ids)), frozenset()).finish([*ids, 1, 1])
+    assert (delta.text, delta.finish_reason, delta.completion_tokens) == ("hello w", "length", len(ids))

@@ -103,7 +103,7 @@ class Pool:
         self._deaths = 0
         self._workers: list[Any] = []
         self._running: dict[Any, tuple[Any, int | None]] = {}
-        """Future -> (worker, index of its call; None: it loads the model)."""
+        """Future -> (worker, index of its call; None: it loads the model, or nobody waits for the result)."""
         for _ in range(size):
             self._start_worker()
 
@@ -159,6 +159,9 @@ class Pool:
                 self._replace(worker, error)
                 waiting += [index] if index is not None else []
             except ray.exceptions.RayTaskError as error:
+                if index is None:
+                    continue  # the model's error comes again with the worker's next call, and another's is over
+                self._running = {future: (worker, None) for future, (worker, _) in self._running.items()}
                 raise (error.cause if isinstance(error.cause, HeliostatError) else error) from None
             else:
                 if index is not None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from heliostat.data.tokens import leading_bos
 from heliostat.errors import ConfigError
-from heliostat.evaluation.generate import generate
+from heliostat.evaluation.generate import decode, generate
+from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models.base import InferenceModel
 
 
@@ -16,7 +17,8 @@ def complete(
     """The continuation of each prompt, by the model's decoding defaults with `settings` (transformers' names) on top.
 
     A prompt becomes a user's message where the model was trained on chats, fills the bundle's prompt template where
-    that has one gap, and is taken as it is otherwise.
+    that has one gap, and is taken as it is otherwise. The bundle's prompt prefix comes before it. A stop string and what
+    follows it are no part of the continuation.
     """
     from transformers import GenerationConfig
 
@@ -27,19 +29,21 @@ def complete(
         config=config,
         pad_token_id=loaded.tokenizer.pad_token_id,
         batch_size=batch_size,
+        tokenizer=loaded.tokenizer,
     )
-    return [str(text) for text in loaded.tokenizer.batch_decode(outputs, skip_special_tokens=True)]
+    return decode(loaded.tokenizer, outputs, config)
 
 
 def encode_prompt(loaded: InferenceModel, prompt: str) -> list[int]:
-    """Token ids of one prompt in the form that the model was trained on."""
+    """Token ids of one prompt, after the bundle's prefix, in the form that the model was trained on."""
     tokenizer, manifest = loaded.tokenizer, loaded.manifest or {}
+    prefix = PromptPrefix.of(manifest)
     is_chat = manifest.get("format") == "chat" or (not manifest and tokenizer.chat_template)
     if is_chat:
-        messages = [{"role": "user", "content": prompt}]
+        messages = prefix.messages([{"role": "user", "content": prompt}])
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    text = fill(manifest.get("prompt_template"), prompt)
+    text = prefix.text() + fill(manifest.get("prompt_template"), prompt)
     ids = leading_bos(tokenizer) + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if not ids:
         raise ConfigError("the prompt is empty; the model needs at least one token to go on from")

@@ -1,4 +1,4 @@
-"""The HTTP API of one model: OpenAI's routes on an engine. Knows HTTP and the engine, not Ray."""
+"""The HTTP API of one model: OpenAI's routes. Knows HTTP and a served model, not Ray."""
 
 import asyncio
 import json
@@ -15,8 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from heliostat.serving.answers import ChatWire, CompletionWire, Usage, model_card
-from heliostat.serving.engine import Engine, EngineFailed
-from heliostat.serving.prompts import PromptEncoder
+from heliostat.serving.engine import EngineFailed
 from heliostat.serving.protocol import (
     ApiError,
     ChatCompletionRequest,
@@ -24,22 +23,13 @@ from heliostat.serving.protocol import (
     explain,
     model_not_found,
 )
-from heliostat.serving.sampling import DecodingDefaults, InvalidRequest, SamplingParams
+from heliostat.serving.sampling import InvalidRequest, SamplingParams
+from heliostat.serving.served import ServedModel
 from heliostat.serving.text import Delta
 
 logger = logging.getLogger(__name__)
 # Seconds after which a client may try again; the engine restarts within a fraction of that.
 RETRY_AFTER = "1"
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A running engine, and what its API needs to know of the model."""
-
-    id: str
-    engine: Engine
-    prompts: PromptEncoder
-    defaults: DecodingDefaults
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ def create_app(served: ServedModel) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if served.engine.healthy else 503)
+        return Response(status_code=200 if served.healthy else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -99,12 +89,12 @@ async def _respond(
     """Generate `n` completions of each prompt and answer, whole or as a stream."""
     jobs = []
     for ids in prompts:
-        room = served.engine.max_length - len(ids)
+        room = served.max_length - len(ids)
         params = request.sampling(served.defaults, request.token_limit(served.defaults, room))
-        served.engine.check(ids, params)
+        served.check(ids, params)
         jobs += [Job(ids, params)] * (request.n or 1)
     prompt_tokens = sum(map(len, prompts))
-    deltas = generate_all(served.engine, jobs)
+    deltas = generate_all(served, jobs)
     if not request.stream:
         return JSONResponse(await _whole(deltas, len(jobs), prompt_tokens, wire))
     # With the first delta in hand, an engine that fails at once is still answered with a proper status.
@@ -113,13 +103,13 @@ async def _respond(
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-async def generate_all(engine: Engine, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Delta]]:
+async def generate_all(served: ServedModel, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Delta]]:
     """Run all jobs at once; yields (index of the job, delta) as they come. The first error ends them all."""
     queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
 
     async def run(index: int, job: Job) -> None:
         try:
-            async with aclosing(engine.generate(job.prompt_ids, job.params)) as deltas:
+            async with aclosing(served.generate(job.prompt_ids, job.params)) as deltas:
                 async for delta in deltas:
                     queue.put_nowait((index, delta))
         except Exception as error:

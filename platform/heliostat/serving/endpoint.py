@@ -17,11 +17,9 @@ from ray.serve.schema import LoggingConfig
 from heliostat.errors import ConfigError
 from heliostat.models.base import InferenceModel, load_for_inference
 from heliostat.registry import versions
-from heliostat.serving.api import ServedModel, create_app
+from heliostat.serving.api import create_app
 from heliostat.serving.config import EndpointArgs
-from heliostat.serving.engine import Engine
-from heliostat.serving.prompts import PromptEncoder
-from heliostat.serving.sampling import DecodingDefaults
+from heliostat.serving.served import ServedModel
 
 # No access log: it would hold a line for every request. Nothing here or below logs prompts or completions.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -31,10 +29,10 @@ GRACEFUL_SHUTDOWN_S = 60.0
 
 @serve.ingress()
 class Endpoint:
-    """A replica: the model, its engine, and the HTTP application."""
+    """A replica: the model, what generates with it, and the HTTP application."""
 
     async def __init__(self, args: EndpointArgs) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        """Load the model and start its engine; the replica takes requests when this returns.
+        """Load the model and start what generates; the replica takes requests when this returns.
 
         Raises:
             UserError: the model cannot be found, trusted, loaded or run; the message says why.
@@ -42,8 +40,7 @@ class Endpoint:
         self._cleanup = contextlib.ExitStack()
         torch.set_num_threads(max(1, int(args.num_cpus)))
         self._served = await _serve_model(args)
-        self._cleanup.callback(self._served.prompts.close)
-        self._cleanup.callback(self._served.engine.close)
+        self._cleanup.callback(self._served.close)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application that Ray Serve puts behind its proxy."""
@@ -51,12 +48,12 @@ class Endpoint:
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces the replica when this raises several times in a row."""
-        if not self._served.engine.healthy:
-            raise RuntimeError("the engine is down")
+        if not self._served.healthy:
+            raise RuntimeError("a generation thread is down")
 
     def in_flight(self) -> int:
         """Generations that are waiting or running in this replica."""
-        return self._served.engine.in_flight
+        return self._served.in_flight
 
     def __del__(self) -> None:
         self._cleanup.close()
@@ -87,17 +84,7 @@ async def _serve_model(args: EndpointArgs) -> ServedModel:
     resolved = versions.resolve(str(args.model))
     device = "cuda" if args.num_gpus > 0 else "cpu"
     loaded = await asyncio.to_thread(load_for_inference, resolved.path, device=device)
-    defaults = DecodingDefaults.of(loaded.model.generation_config)
-    engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
-        max_batch_tokens=args.max_batch_tokens,
-        cache_tokens=args.cache_tokens,
-        max_batch_requests=args.max_ongoing_requests,
-    )
-    await engine.start()
-    model_id = args.model_id or resolved.name or _folder_name(loaded)
-    return ServedModel(model_id, engine, PromptEncoder(loaded.tokenizer, engine.max_length), defaults)
+    return await ServedModel.start(loaded, args.model_id or resolved.name or _folder_name(loaded), args)
 
 
 def _folder_name(loaded: InferenceModel) -> str:

@@ -76,7 +76,7 @@ class Engine:
             use_cuda_graph=False,
             use_async_batching=False,
         )
-        self._eos = _token_ids(model.generation_config.eos_token_id)
+        self._eos = token_ids(model.generation_config.eos_token_id)
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self._max_length = 0
         self._manager: ContinuousBatchingManager | None = None
@@ -328,7 +328,8 @@ def _positions(config: Any) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1)
 
 
-def _token_ids(value: int | Sequence[int] | None) -> frozenset[int]:
+def token_ids(value: int | Sequence[int] | None) -> frozenset[int]:
+    """The ids in a setting such as eos_token_id: one, several or none."""
     if value is None:
         return frozenset()
     return frozenset([value] if isinstance(value, int) else value)

@@ -2,13 +2,15 @@
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
 from heliostat.data.tokens import leading_bos
+from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.serving.sampling import InvalidRequest
 
 
@@ -18,8 +20,12 @@ class PromptEncoder:
     One thread and an own copy of the tokenizer, because encoding changes settings inside it.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        """`max_length`: prompts that must have more tokens are refused before any work is done on them."""
+    def __init__(self, tokenizer: Any, max_length: int, prefix: PromptPrefix | None = None) -> None:
+        """`prefix` comes before every prompt (see `text` and `chat`).
+
+        `max_length`: prompts that must have more tokens are refused before any work is done on them.
+        """
+        self._prefix = prefix or PromptPrefix()
         self._tokenizer = copy.deepcopy(tokenizer)
         self._leading = leading_bos(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
@@ -31,27 +37,32 @@ class PromptEncoder:
         return self._tokenizer.chat_template is not None
 
     async def text(self, text: str) -> list[int]:
-        """The ids of a plain text, after the token that the tokenizer begins every text with, if any.
+        """The ids of a plain text, after the token that the tokenizer begins every text with, if any, and the prefix.
 
         Names of special tokens inside the text are text, as they are in training.
 
         Raises:
             InvalidRequest: the text is longer than any the model takes.
         """
-        self._check_length([text], "prompt")
-        return self._leading + await self._run(lambda: self._encode(text))
+        whole = self._prefix.text() + text
+        self._check_length([whole], "prompt")
+        return self._leading + await self._run(lambda: self._encode(whole))
 
-    async def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    async def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation, rendered by the model's chat template, up to where the answer begins.
+
+        The prefix's system prompt comes before conversations without one of their own; its worked examples only before
+        a first question, because a longer conversation is its own example.
 
         Control tokens count only where the template itself writes them: inside messages their names are text.
 
         Raises:
             InvalidRequest: the template refuses the conversation, or it is longer than any the model takes.
         """
-        self._check_length([message["content"] for message in messages], "messages")
+        whole = self._prefixed(messages)
+        self._check_length([message["content"] for message in whole], "messages")
         try:
-            return await self._run(lambda: self._render(messages))
+            return await self._run(lambda: self._render(whole))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             # The template's own message may quote the conversation.
             roles = ", ".join(message["role"] for message in messages[:10])
@@ -63,11 +74,16 @@ class PromptEncoder:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _prefixed(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        first_question = [message["role"] for message in messages if message["role"] != "system"] == ["user"]
+        prefix = self._prefix if first_question else replace(self._prefix, few_shot=())
+        return prefix.messages(messages)
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
-    def _render(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
         )

@@ -121,13 +121,9 @@ class GenerationRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, defaults: DecodingDefaults, max_tokens: int) -> SamplingParams:
-        """The settings asked for; what is left open comes from `defaults`."""
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_k=defaults.top_k if self.top_k is None else self.top_k,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            stop=tuple(self.stop or ()),
+        """The settings asked for; what is left open comes from `defaults`. `stop: []` asks for no stop strings."""
+        return defaults.params(
+            max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, stop=self.stop
         )
 
 

@@ -1,8 +1,11 @@
-"""How the next token is chosen, per request: temperature, top-k, top-p. Knows logits, not text or HTTP."""
+"""How tokens are chosen, per request: what may be asked for, the bundle's defaults, and the engine's sampler.
+
+Knows logits and transformers' names of settings, not text or HTTP.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -10,24 +13,51 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from heliostat.errors import ModelError, UserError
 
-# Decoding settings of a bundle that continuous batching cannot honour, with the values that mean "off".
-UNSUPPORTED_DECODING: dict[str, tuple[Any, ...]] = {
+Settings = dict[str, Any]
+# Decoding settings that only `generate()` can honour (see serving/lane.py), with the values that mean "off".
+_BEAMS: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
-    "repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
+    "length_penalty": (None, 1.0),
+    "early_stopping": (None, False),
+}
+_SAMPLED_ONLY: dict[str, tuple[Any, ...]] = {
     "min_p": (None, 0.0),
     "typical_p": (None, 1.0),
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+}
+_GENERATE_ONLY: dict[str, tuple[Any, ...]] = {
+    **_BEAMS,
+    **_SAMPLED_ONLY,
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "exponential_decay_length_penalty": (None,),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "bad_words_ids": (None, []),
-    "sequence_bias": (None, {}),
+    "sequence_bias": (None, {}, []),
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
-    "stop_strings": (None, []),
+    "renormalize_logits": (None, False),
+    "remove_invalid_values": (None, False),
+}
+# What nothing here can do: it needs code from the hub, a clock, a second model, or the text itself.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "guidance_scale": (None, 1.0),
+    "watermarking_config": (None,),
+    "max_time": (None,),
+    "token_healing": (None, False),
+    "num_return_sequences": (None, 1),
 }
 
 
@@ -53,6 +83,8 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    extra: Settings = field(default_factory=dict)
+    """Settings by transformers' names that continuous batching cannot honour; only a bundle brings them."""
 
     def __post_init__(self) -> None:
         _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer of at least 1")
@@ -80,27 +112,75 @@ class DecodingDefaults:
     top_k: int
     top_p: float
     max_tokens: int | None
+    stop: tuple[str, ...] = ()
+    extra: Settings = field(default_factory=dict)
 
     @classmethod
     def of(cls, generation_config: Any) -> Self:
         """The defaults in a transformers GenerationConfig, read as `generate()` reads them.
 
         Raises:
-            ModelError: it asks for something that continuous batching cannot do, which must not be ignored silently.
+            ModelError: a value is wrong, or asks for what cannot be done here, which must not be ignored silently.
         """
         given = generation_config.to_dict()
-        for name, off in UNSUPPORTED_DECODING.items():
+        for name, off in _UNSUPPORTED.items():
             if given.get(name) not in off:
                 raise ModelError(
                     f"generation_config.json: the endpoint cannot decode with {name}={given[name]}; "
                     f"remove {name} there, or search decoding settings again without it"
                 )
-        limit = given.get("max_new_tokens")
-        if not given.get("do_sample"):
-            return cls(temperature=0.0, top_k=0, top_p=1.0, max_tokens=limit)
-        standard = generation_config._get_default_generation_params()
-        values = {name: standard[name] if given.get(name) is None else given[name] for name in _SAMPLED}
-        return cls(max_tokens=limit, **values)
+        values: Settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+        if given.get("do_sample"):
+            standard = generation_config._get_default_generation_params()
+            values = {name: standard[name] if given.get(name) is None else given[name] for name in _SAMPLED}
+        stop = given.get("stop_strings") or ()
+        defaults = cls(
+            max_tokens=given.get("max_new_tokens"),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            extra=_extra(given),
+            **values,
+        )
+        try:
+            defaults.params(defaults.max_tokens or 1)
+        except InvalidRequest as error:
+            raise ModelError(f"generation_config.json: {error}") from error
+        return defaults
+
+    def params(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> SamplingParams:
+        """The settings of a request: its own, and these where it leaves one open.
+
+        What a request sets replaces that setting alone, except where the two contradict each other. At temperature 0
+        nothing is sampled, so the bundle's min_p, typical_p and the like are off. A temperature above 0 on a bundle
+        tuned for beam search samples without beams: beams look for the likeliest text, which is not what the request
+        wants. On a bundle that itself samples with beams it only replaces the temperature.
+
+        Raises:
+            InvalidRequest: a value has the wrong type or is out of range.
+        """
+        heat = self.temperature if temperature is None else temperature
+        off = _SAMPLED_ONLY if heat == 0 else _BEAMS if self.temperature == 0 else {}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=heat,
+            top_k=self.top_k if top_k is None else top_k,
+            top_p=self.top_p if top_p is None else top_p,
+            stop=self.stop if stop is None else tuple(stop),
+            extra={name: value for name, value in self.extra.items() if name not in off},
+        )
+
+
+def _extra(given: Settings) -> Settings:
+    """The settings of a generation config that only `generate()` can honour."""
+    found = {name: given[name] for name, off in _GENERATE_ONLY.items() if given.get(name) not in off}
+    return found if "num_beams" in found else {name: found[name] for name in found.keys() - _BEAMS.keys()}
 
 
 _SAMPLED = ("temperature", "top_k", "top_p")

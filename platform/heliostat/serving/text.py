@@ -1,7 +1,7 @@
 """Tokens to text, piece by piece, until a stop string. Knows tokenizers, not models or HTTP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from heliostat.serving.sampling import SamplingParams
@@ -104,6 +104,14 @@ class Completion:
             if self.finish_reason:
                 break
         return Delta("".join(pieces), tuple(used), self._prompt_tokens, self._tokens, self.finish_reason)
+
+    def finish(self, token_ids: Sequence[int]) -> Delta:
+        """The delta of a completion that is over with `token_ids`, though none of them may say why."""
+        delta = self.extend(token_ids)
+        if self.finish_reason is None:
+            self.finish_reason = "stop"
+            delta = replace(delta, text=delta.text + self._stops.flush(), finish_reason="stop")
+        return delta
 
     def _add(self, token: int) -> str:
         self._tokens += 1

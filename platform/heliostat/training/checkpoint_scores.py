@@ -19,7 +19,7 @@ from heliostat.experiment import ExperimentConfig
 from heliostat.models import base
 from heliostat.training import bundling
 from heliostat.training.setup import Source
-from heliostat.training.spec import export_name
+from heliostat.training.spec import STOP, export_name
 
 EXPORTS = "exports"
 SCORES = "scores.jsonl"
@@ -75,6 +75,8 @@ class CheckpointScores:
             while True:
                 over = self._training_over.is_set()
                 for folder in self._unscored():
+                    if (self._folder / STOP).exists():
+                        return
                     self._score(folder)
                 if over:
                     return

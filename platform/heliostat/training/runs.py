@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heliostat.errors import ConfigError, ResourceError
+from heliostat.training.spec import STOP
 
 Status = Literal["running", "trained", "finished", "stopped"]
 
@@ -50,12 +51,12 @@ class Run:
 
     def tell_to_stop(self) -> None:
         """End the training at its next logged step; nothing more is written, and the run will not be gone on with."""
-        (self.folder / "stop").touch()
+        (self.folder / STOP).touch()
 
     @property
     def told_to_stop(self) -> bool:
         """Whether `tell_to_stop` was called."""
-        return (self.folder / "stop").exists()
+        return (self.folder / STOP).exists()
 
     def set_status(self, status: Status) -> None:
         """Note how far the run has come."""

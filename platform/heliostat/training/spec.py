@@ -6,6 +6,9 @@ from pathlib import Path
 from heliostat.models.config import AdapterConfig
 from heliostat.training.config import TrainingConfig
 
+STOP = "stop"
+"""Name of the file in a run folder that ends the run."""
+
 
 @dataclass(frozen=True)
 class WorkerSpec:
@@ -50,7 +53,7 @@ class WorkerSpec:
     @property
     def stop_file(self) -> Path:
         """The workers end, and write nothing more, when this file is there."""
-        return Path(self.run_folder) / "stop"
+        return Path(self.run_folder) / STOP
 
 
 def export_name(step: int) -> str:

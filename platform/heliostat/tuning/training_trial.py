@@ -95,6 +95,8 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Called once in an actor's life, with its first trial."""
         os.environ.update(plan.environment)
         self._plan = plan
+        self._run: Run | None = None
+        self._thread: threading.Thread | None = None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -114,24 +116,27 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def _begin(self, config: Mapping[str, Any]) -> None:
         self._error: str | None = None
         index, point = config["index"], config["point"]
-        configured = self._plan.configure(point)
         folder = self._plan.run_folder(index, point)
-        self._run = runs.open_folder(folder, trainer.config_hash(configured))
-        over = self._run.status != "running"
-        self._thread = threading.Thread(
-            target=self._release if over else self._train, args=(configured, self._run), name="trial", daemon=True
-        )
-        self._thread.start()
+        self._run = self._thread = None
+        if runs.facts(folder).get("status") not in ("trained", "stopped"):
+            configured = self._plan.configure(point)
+            self._run = runs.open_folder(folder, trainer.config_hash(configured))
+            self._thread = threading.Thread(target=self._train, args=(configured, self._run), name="trial", daemon=True)
+            self._thread.start()
         self._reports = self._follow(folder)
 
     def _end(self) -> None:
         """Stop the training if it still goes on."""
-        if self._thread.is_alive():
+        if self._run is not None and self._goes_on():
             self._run.tell_to_stop()
-            self._thread.join()
+        self._join()
 
-    def _release(self, config: ExperimentConfig, run: Run) -> None:
-        run.close()
+    def _goes_on(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def _train(self, config: ExperimentConfig, run: Run) -> None:
         tune_config = self._plan.config.tune_training
@@ -148,7 +153,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Reports, the last one with FINISHED or ERROR."""
         reported, latest = 0, {self._plan.metric: float("nan"), PROGRESS: 0.0, "step": 0, "seconds": 0.0}
         while True:
-            over = not self._thread.is_alive()
+            over = not self._goes_on()
             for row in self._plan.rows(folder):
                 if row["step"] > reported:
                     reported = row["step"]
@@ -158,7 +163,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             if over or latest[PROGRESS] >= 100:
                 break
             time.sleep(_POLL_S)
-        self._thread.join()
+        self._join()
         yield {**latest, "done": True, **({ERROR: self._error} if self._error else {FINISHED: True})}
 
     def _report(self, folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:

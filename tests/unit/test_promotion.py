@@ -1,16 +1,20 @@
 """The champion changes only through the gates, and every change leaves a record."""
 
+import json
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
+from heliostat import cli
 from heliostat.errors import GateRefused, ModelError, RegistryError
 from heliostat.registry import store, versions
 from heliostat.registry.audit import PromotionLog
 from heliostat.registry.config import Gate
 from heliostat.registry.promotion import Comparison, Promotion, promote, rollback
+from heliostat.serving.engine import Engine
+from tests.bundles import write_bundle
 
 pytestmark = pytest.mark.usefixtures("module_store")
 
@@ -218,3 +222,110 @@ def test_a_deleted_champion_blocks_nobody(name: str) -> None:
     versions.log_evaluation(name, "2", {"score": 0.5})
     assert promote(name, "2", verify=sound, metric="score").previous == "1"
     assert champions(name) == ("2", None)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("promoted") / "bundle")
+
+
+@pytest.fixture
+def config(bundle: Path, tmp_path: Path) -> str:
+    """An experiment with gates, whose model has the versions 1 and 2 and the scores of 1."""
+    for _ in range(2):
+        run_id = store.client().create_run(store.experiment_id("promotion")).info.run_id
+        versions.register(run_id, bundle, tmp_path.name, {})
+    versions.log_evaluation(tmp_path.name, "1", {"exact_match": 0.8, "rouge_l": 0.5, "loss": 2.0}, data="test")
+    rows = "".join(f'{{"prompt": "the {word}", "completion": "x"}}\n' for word in ("cat", "dog", "man"))
+    (tmp_path / "test.jsonl").write_text(rows)
+    path = tmp_path / "config.yaml"
+    path.write_text(f"""
+name: promotion
+model: {{model_name_or_path: "{bundle}"}}
+data: {{train: "{tmp_path}/test.jsonl", test: "{tmp_path}/test.jsonl", format: prompt_completion}}
+registry: {{registered_model_name: "{tmp_path.name}"}}
+promotion:
+  gates: [{{metric: exact_match, tolerance: 0.1}}, {{metric: loss, mode: min}}]
+  no_regression: [rouge_l]
+  parity_prompts: 2
+""")
+    return str(path)
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The exit code and the JSON result."""
+    code = cli.main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_experiment_gives_name_and_gates(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = tmp_path.name
+    code, result = command(capsys, "promote", config, "--version", "1", "--reason", "first")
+    assert (code, result["version"], result["previous"]) == (0, "1", None)
+    versions.log_evaluation(name, "2", {"exact_match": 0.75, "rouge_l": 0.4, "loss": 1.0}, data="test")
+    code, result = command(capsys, "promote", config)
+    assert code == 3
+    assert "its rouge_l is 0.4" in result["error"]
+    versions.log_evaluation(name, "2", {"rouge_l": 0.5}, data="test")
+    code, result = command(capsys, "promote", config, "--metric", "loss", "--lower-is-better")
+    assert (code, result["version"], result["previous"]) == (0, "2", "1")
+    assert {"metric": "exact_match", "score": 0.75, "previous_score": 0.8} in result["scores"]
+    assert champions(name) == ("2", "1")
+
+
+def test_a_name_takes_the_gates_of_a_config_too(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions.set_alias(tmp_path.name, "champion", "1")
+    code, result = command(capsys, "promote", tmp_path.name, "--config", config)
+    assert code == 3
+    assert f"`heliostat evaluate {config} --model models:/{tmp_path.name}/2`" in result["error"]
+    assert command(capsys, "promote", tmp_path.name)[0] == 0, "without the config there is no gate"
+
+
+def test_an_engine_that_decodes_wrongly_is_never_champion(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Engine.start
+
+    async def start_wrong(engine: Engine) -> None:
+        engine._eos = frozenset(range(300))  # ends every answer at once
+        await start(engine)
+
+    monkeypatch.setattr(Engine, "start", start_wrong)
+    code, result = command(capsys, "promote", config, "--version", "1")
+    assert code == 3
+    assert "does not give what `generate()` gives" in result["error"]
+    assert champions(tmp_path.name) == (None, None)
+
+
+def test_a_damaged_bundle_is_never_champion(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(versions.resolve(f"models:/{tmp_path.name}/1").path) / "config.json"
+    file.write_text(file.read_text() + " ")
+    code, result = command(capsys, "promote", config, "--version", "1")
+    assert code == 3
+    assert "config.json: is damaged" in result["error"]
+    assert champions(tmp_path.name) == (None, None)
+
+
+def test_the_command_rolls_back(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = tmp_path.name
+    for version in ("1", "2"):
+        assert command(capsys, "promote", name, "--version", version)[0] == 0
+    assert command(capsys, "rollback", config, "--reason", "too slow") == (
+        0, {"name": name, "version": "1", "previous": "2", "scores": []},
+    )  # fmt: skip
+    assert champions(name) == ("1", None)
+    assert PromotionLog.open(name).read().entries[-1].reason == "too slow"
+    code, result = command(capsys, "rollback", name)
+    assert (code, result["exit_code"]) == (3, 3)
+    assert "version 1 is its first champion" in result["error"]
+    assert command(capsys, "rollback", "nobody")[0] == 2
+
+
+@pytest.mark.parametrize("tolerance", ["-1", "nan", "x"])
+def test_a_tolerance_is_a_number_of_at_least_0(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["promote", "name", "--metric", "loss", f"--tolerance={tolerance}"])
+    assert ended.value.code == 2
+    assert "--tolerance" in capsys.readouterr().err

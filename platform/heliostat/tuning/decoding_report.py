@@ -17,7 +17,12 @@ GREEDY, OWN = "greedy", "present defaults"
 _GREEDY_COLOR, _BEST_COLOR, _COLOR, _STOPPED_COLOR = "#E45756", "#54A24B", "#4C78A8", "#9AA5B1"
 _UNKNOWN = Interval(math.nan, math.nan)
 _MAX_BARS = 40
-_LABEL_LENGTH = 64
+_TICK_LENGTH = 64
+# In the figure, where labels of settings that differ in their last value must differ too.
+_ABBREVIATIONS = {
+    "temperature": "T", "repetition_penalty": "rep", "length_penalty": "len", "no_repeat_ngram_size": "ngram",
+    "num_beams": "beams", "few_shot": "shots", "system_prompt": "system",
+}  # fmt: skip
 _TEXT_LENGTH = 24
 
 
@@ -72,8 +77,8 @@ class Comparison:
         return self.interval.low > 0
 
 
-def label(entry: Entry) -> str:
-    """The setting in a few words; long texts are cut."""
+def label(entry: Entry, length: int = 100) -> str:
+    """The setting in at most `length` characters; long texts are cut."""
     parts = [
         f"{key} {_short(value)}" for key, value in entry.settings.items() if key not in ("do_sample", "max_new_tokens")
     ]
@@ -81,7 +86,7 @@ def label(entry: Entry) -> str:
         parts = ["sampling", *parts]
     text = ", ".join(parts)
     whole = f"{entry.name}: {text}" if entry.name and text else entry.name or text or GREEDY
-    return whole if len(whole) <= _LABEL_LENGTH else f"{whole[: _LABEL_LENGTH - 1]}…"
+    return whole if len(whole) <= length else f"{whole[: length - 1]}…"
 
 
 def _short(value: Any) -> str:
@@ -153,7 +158,7 @@ def score_figure(entries: Sequence[Entry], metric: str, *, greater_is_better: bo
     better = "higher is better" if greater_is_better else "lower is better"
     axes.set_xlabel(f"{metric} ({better})", fontsize=11)
     axes.grid(alpha=0.3, axis="x")
-    _finish(axes, title, [entry.state for entry in shown])
+    _finish(axes, title, [entry.state for entry in shown], chosen)
     return figure
 
 
@@ -189,7 +194,7 @@ def cost_figure(
     axes.margins(x=0.08, y=0.1)
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-    _finish(axes, title, [entry.state for entry in shown])
+    _finish(axes, title, [entry.state for entry in shown], chosen)
     return figure
 
 
@@ -210,7 +215,11 @@ def _look(entry: Entry, chosen: int) -> tuple[str, float]:
 
 
 def _tick(entry: Entry) -> str:
-    return f"{label(entry)}  (n={entry.prompts})" if entry.state == "stopped" else label(entry)
+    text = label(entry, 200)
+    for name, short in _ABBREVIATIONS.items():
+        text = text.replace(name, short)
+    text = text if len(text) <= _TICK_LENGTH else f"{text[: _TICK_LENGTH - 1]}…"
+    return f"{text}  (n={entry.prompts})" if entry.state == "stopped" else text
 
 
 def _name_specials(axes: Axes, entries: Sequence[Entry], cost: str, chosen: int) -> None:
@@ -227,14 +236,12 @@ def _name_specials(axes: Axes, entries: Sequence[Entry], cost: str, chosen: int)
         taken.append(place)
 
 
-def _finish(axes: Axes, title: str, states: Sequence[str]) -> None:
+def _finish(axes: Axes, title: str, states: Sequence[str], chosen: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=13, loc="left", fontweight="bold")
-    handles = [
-        Line2D([], [], color=_BEST_COLOR, marker="D", linestyle="", label="chosen"),
-        Line2D([], [], color=_GREEDY_COLOR, marker="D", linestyle="", label="greedy"),
-        Line2D([], [], color=_COLOR, marker="o", linestyle="", label="all prompts"),
-    ]
-    if "stopped" in states:
-        handles.append(Line2D([], [], color=_STOPPED_COLOR, marker="o", linestyle="", label="stopped early"))
-    axes.legend(handles=handles, fontsize=9, frameon=False, loc="best")
+    axes.set_title(title, fontsize=13, loc="left", fontweight="bold", pad=26)
+    marks = [(_BEST_COLOR, "D", "chosen" if chosen else "greedy, chosen")]
+    marks += [(_GREEDY_COLOR, "D", GREEDY)] if chosen else []
+    marks += [(_COLOR, "o", "all prompts")]
+    marks += [(_STOPPED_COLOR, "o", "stopped early")] if "stopped" in states else []
+    handles = [Line2D([], [], color=color, marker=mark, linestyle="", label=text) for color, mark, text in marks]
+    axes.legend(handles=handles, fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)

@@ -317,4 +317,4 @@ def _register(plan: Plan, run_id: str, made: Path, result: Mapping[str, Any]) ->
         "decoding_interval": json.dumps(result["interval"]),
         "metric": result["metric"],
     }
-    return versions.register(run_id, made, name, tags)
+    return versions.register(run_id, made, name, tags, shares=versions.get_version(name, parent))

@@ -122,6 +122,8 @@ def run(
             max_concurrent_trials=concurrent,
             time_budget_s=time_budget_s,
             reuse_actors=True,
+            # Tune's own names hold the values of the point, which may be long texts.
+            trial_dirname_creator=lambda trial: f"{trial.config['index']:04d}",
         ),
         run_config=RunConfig(
             name="tune",

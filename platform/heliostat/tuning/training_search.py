@@ -41,6 +41,7 @@ from heliostat.tuning.training_report import Trial
 from heliostat.tuning.training_trial import PROGRESS, TrainingTrial, TrialPlan, with_values
 
 WHERE = "tune_training"
+NOTES = "trials.jsonl"
 _SEARCHABLE = ("seed", "model.", "adapter.", "data.", "training.")
 _FIXED = ("training.num_workers", "training.use_gpu", "training.resources_per_worker", "training.max_failures")
 _LOSSES = ("eval_loss", "eval_perplexity", "loss")
@@ -61,18 +62,16 @@ def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
     base, metric, mode = _trial_config(config)
     check(base, searched)
     storage = Path(config.storage_path) if config.storage_path else state.runs()
-    run = runs.open_run(storage.absolute(), f"{config.name}-tune", _search_hash(config), config.resume)
-    try:
-        with cluster.connected():
-            concurrent = _concurrency(base)
-            plan = _plan(base, metric, run)
+    with cluster.connected():
+        concurrent = _concurrency(base)
+        run = runs.open_run(storage.absolute(), f"{config.name}-tune", _search_hash(config), config.resume)
+        with runs.released(run, NOTES):
             console.print(f"{'going on with' if run.resumed else 'search'} {run.folder}", highlight=False)
+            plan = _plan(base, metric, run)
             trials = _search(plan, searched, mode, concurrent, console)
             result = _conclude(plan, trials, mode, run)
-            result["trained"] = _then(config, plan, result, console)
-    finally:
-        run.close()
-    return result
+        trained = _then(config, plan, result, console)
+    return {**result, "trained": asdict(trained) if trained else None}
 
 
 def parse(config: ExperimentConfig) -> Space:
@@ -96,6 +95,10 @@ def check(base: ExperimentConfig, searched: Space) -> None:
         except ConfigError as error:
             raise ConfigError(f"{WHERE}.space.{key}: {value!r} does not work: {error}") from None
     setup.check(base)
+    if base.tune_training.searcher == "grid":
+        searched.grid(WHERE)
+    if base.tune_training.gpu_hours and not _gpus(base.training):
+        raise ConfigError(f"{WHERE}.gpu_hours: the trials use no GPU; set time_budget_s instead")
     rows = splits.load_splits(base.data, base.seed, ("train", "validation"))
     setup.check_best(base, rows)
     if "validation" not in rows:
@@ -158,7 +161,7 @@ def _plan(base: ExperimentConfig, metric: str, run: Run) -> TrialPlan:
 
 def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, console: Console) -> list[Trial]:
     tuning, training = plan.config.tune_training, plan.config.training
-    notes = plan.folder.parent / "trials.jsonl"
+    notes = plan.folder.parent / NOTES
     known = [json.loads(line)["point"] for line in notes.read_text().splitlines()] if notes.exists() else []
 
     def note(index: int, point: Point) -> None:
@@ -188,7 +191,7 @@ def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, consol
         max_failures=training.max_failures if inline else 0,
         folder=plan.folder.parent,
         observer=Observer(console, searcher, describe=lambda outcome: _line(plan, outcome, mode)),
-        stop=GpuHours(tuning.gpu_hours, training) if tuning.gpu_hours else None,
+        stop=GpuHours(tuning.gpu_hours, _gpus(training)) if tuning.gpu_hours else None,
     )
     return [_trial(plan, outcome, mode) for outcome in outcomes]
 
@@ -196,14 +199,9 @@ def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, consol
 class GpuHours(tune.Stopper):  # type: ignore[misc]  # Ray has no types
     """Ends the search when its trials have used up the budget."""
 
-    def __init__(self, budget: float, training: TrainingConfig) -> None:
-        """Raises:
-        ConfigError: the trials use no GPU.
-        """
-        gpus: float = max(1, training.num_workers) * training.ray_resources().get("GPU", 0)
-        if not gpus:
-            raise ConfigError(f"{WHERE}.gpu_hours: the trials use no GPU; set time_budget_s instead")
-        self._seconds_left = budget * 3600 / gpus
+    def __init__(self, budget: float, gpus: float) -> None:
+        """`gpus` of one trial."""
+        self._seconds = budget * 3600 / gpus
         self._used: dict[str, float] = {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -213,7 +211,12 @@ class GpuHours(tune.Stopper):  # type: ignore[misc]  # Ray has no types
 
     def stop_all(self) -> bool:
         """Whether the budget is used up."""
-        return sum(self._used.values()) >= self._seconds_left
+        return sum(self._used.values()) >= self._seconds
+
+
+def _gpus(training: TrainingConfig) -> float:
+    """GPUs of one trial."""
+    return float(max(1, training.num_workers) * training.ray_resources().get("GPU", 0))
 
 
 def _trial(plan: TrialPlan, outcome: Outcome, mode: str) -> Trial:
@@ -316,7 +319,7 @@ def _flat(trial: Trial, keys: list[str], metric: str) -> dict[str, Any]:
 
 def _then(
     config: ExperimentConfig, plan: TrialPlan, result: Mapping[str, Any], console: Console
-) -> dict[str, Any] | None:
+) -> trainer.TrainResult | None:
     """Train with the best values in full; a trial that already did so is registered as it is."""
     if config.tune_training.then != "train":
         return None
@@ -325,5 +328,5 @@ def _then(
     complete = not config.tune_training.overrides and runs.facts(folder)["status"] == "trained"
     if complete:
         chosen = plan.configure(best)
-        return asdict(trainer.train(chosen, console, runs.open_folder(folder, trainer.config_hash(chosen))))
-    return asdict(trainer.train(with_values(config, best), console))
+        return trainer.train(chosen, console, runs.open_folder(folder, trainer.config_hash(chosen)))
+    return trainer.train(with_values(config, best), console)

@@ -12,15 +12,18 @@
     stop            made to end the run early; see `Run.tell_to_stop`
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from heliostat.errors import ConfigError, ResourceError
+from heliostat.errors import ConfigError, ResourceError, UserError
 from heliostat.training.spec import STOP
 
 Status = Literal["running", "trained", "finished", "stopped"]
@@ -96,6 +99,20 @@ def open_folder(folder: Path, config_hash: str) -> Run:
         ResourceError: another process is working on it.
     """
     return _reopen(folder) if facts(folder).get("config_hash") == config_hash else _start(folder, config_hash)
+
+
+@contextlib.contextmanager
+def released(run: Run, started: str) -> Iterator[None]:
+    """Releases the run's lock at the end. After a UserError nothing is left of a run without the file `started`."""
+    try:
+        yield
+    except UserError:
+        if not (run.folder / started).exists():
+            # The tracker's thread may still be writing there.
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+    finally:
+        run.close()
 
 
 def _reopen(folder: Path) -> Run:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from heliostat import journal, state
 from heliostat.data import audit, prepare, splits
 from heliostat.data.packing import PackedDataset
 from heliostat.data.tokens import TokenDataset
-from heliostat.errors import ConfigError, HeliostatError, UserError
+from heliostat.errors import ConfigError, HeliostatError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
 from heliostat.training import bundling, group, runs, setup
@@ -51,7 +50,7 @@ def train(config: ExperimentConfig, console: Console, run: Run | None = None) ->
     setup.check(config)
     storage = Path(config.storage_path) if config.storage_path else state.runs()
     run = run or runs.open_run(storage.absolute(), config.name, config_hash(config), config.resume)
-    with _cleared_after_user_errors(run):
+    with runs.released(run, journal.NAME):
         job = _prepare(config, run)
         console.print(f"{'going on with' if run.resumed else 'run'} {run.folder}", highlight=False)
         console.print(str(job.plan), highlight=False)
@@ -70,7 +69,7 @@ def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: 
         As `train`.
     """
     setup.check(config)
-    with _cleared_after_user_errors(run):
+    with runs.released(run, journal.NAME):
         job = _prepare(config, run, evaluations)
         with _tracked(config, job, tags) as tracker:
             _run_workers(config, job, console)
@@ -81,20 +80,6 @@ def config_hash(config: ExperimentConfig) -> str:
     """Equal for configurations that give the same weights, however they are stored, registered or served."""
     same = {"name", "seed", "model", "adapter", "data", "training"}
     return configuration.fingerprint(config.model_dump(mode="json", include=same))
-
-
-@contextlib.contextmanager
-def _cleared_after_user_errors(run: Run) -> Iterator[None]:
-    """Nothing is left of a run that could not start. The run's lock is released at the end."""
-    try:
-        yield
-    except UserError:
-        if not (run.folder / journal.NAME).exists():
-            # The tracker's thread may still be writing there.
-            shutil.rmtree(run.folder, ignore_errors=True)
-        raise
-    finally:
-        run.close()
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,16 @@ class TokenizerThatFails:
         raise OSError("disk full")
 
 
+def test_writing_changes_neither_the_weights_nor_older_bundles_of_them(made: Path, own: Path) -> None:
+    weights = made.with_name("bundle-weights")
+    before = {path: path.read_bytes() for folder in (weights, made) for path in folder.iterdir()}
+    bundle.write(
+        own, weights=weights, tokenizer=tiny.tokenizer(),
+        generation_config=GenerationConfig(max_new_tokens=3), manifest={"task": "causal_lm"},
+    )  # fmt: skip
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_failure_while_writing_leaves_the_older_one_whole(made: Path, own: Path) -> None:
     before = {path.name: path.read_bytes() for path in own.iterdir()}
     with pytest.raises(OSError, match="disk full"):
@@ -193,3 +203,56 @@ def test_rewriting_a_file_of_the_weights_folder_would_be_noticed(tmp_path: Path)
         file.write(b"\x7f")
     with pytest.raises(ModelError, match=r"model\.safetensors: is damaged"):
         bundle.verify(made)
+
+
+DERIVED = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.5, "eos_token_id": [0], "pad_token_id": 1}
+
+
+def derive(source: Path, target: Path, **changes: Any) -> Path:
+    return bundle.derive(source, target, generation_config=DERIVED, changes=changes)
+
+
+def test_a_derived_bundle_differs_in_its_decoding_settings_alone(made: Path, tmp_path: Path) -> None:
+    derived = derive(made, tmp_path / "new" / "bundle", decoding={"gain": 0.1})
+    before, after = bundle.read_manifest(made), bundle.verify(derived)
+    changed = {name for name in FILES if (made / name).read_bytes() != (derived / name).read_bytes()}
+    assert changed == {"generation_config.json", "heliostat.json"}
+    assert after["decoding"] == {"gain": 0.1}
+    assert {key: after[key] for key in before if key != "files"} == {k: v for k, v in before.items() if k != "files"}
+    loaded = GenerationConfig.from_pretrained(derived)
+    assert {key: getattr(loaded, key) for key in DERIVED} == DERIVED
+
+
+def test_a_derived_bundle_shares_its_other_files(made: Path, tmp_path: Path) -> None:
+    derived = derive(made, tmp_path / "bundle")
+    same = {name for name in FILES if (made / name).samefile(derived / name)}
+    assert same == FILES - {"generation_config.json", "heliostat.json"}
+    assert bundle.verify(made), "the old one is as it was"
+
+
+def test_a_derived_bundle_may_lose_what_its_parent_had(made: Path, tmp_path: Path) -> None:
+    first = derive(made, tmp_path / "first", prompt_prefix={"system_prompt": "x"}, other=1)
+    second = derive(first, tmp_path / "second", prompt_prefix=None)
+    assert "prompt_prefix" in bundle.read_manifest(first)
+    assert "prompt_prefix" not in bundle.read_manifest(second)
+    assert bundle.read_manifest(second)["other"] == 1
+
+
+def test_deriving_replaces_what_an_earlier_try_left(made: Path, tmp_path: Path) -> None:
+    derive(made, tmp_path / "bundle", decoding=1)
+    (tmp_path / "bundle.tmp").mkdir()
+    (tmp_path / "bundle.tmp" / "left.bin").write_bytes(b"over")
+    assert bundle.verify(derive(made, tmp_path / "bundle", decoding=2))["decoding"] == 2
+
+
+def test_only_bundles_can_be_derived_from(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a bundle"):
+        derive(tmp_path, tmp_path / "bundle")
+    assert bundle.read_generation_config(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
+def test_a_damaged_generation_config_is_named(own: Path, content: str, message: str) -> None:
+    (own / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=rf"generation_config\.json: {message}"):
+        bundle.read_generation_config(own)

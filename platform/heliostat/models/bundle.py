@@ -27,7 +27,7 @@ def write(folder: Path, *, weights: Path, tokenizer: Any, generation_config: Any
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(weights, temporary, copy_function=_link)
+    shutil.copytree(weights, temporary, copy_function=_link_tensors)
     tokenizer.save_pretrained(temporary)
     generation_config.save_pretrained(temporary)
     hashes = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
@@ -79,6 +79,14 @@ def _finish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     return folder
+
+
+def _link_tensors(source: str, target: str) -> None:
+    """Small files are copied: what is saved over a linked one would change the source too."""
+    if source.endswith(".safetensors"):
+        _link(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 def _link(source: str, target: str) -> None:

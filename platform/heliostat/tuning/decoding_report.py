@@ -116,7 +116,8 @@ def table(entries: Sequence[Entry], greater_is_better: bool, count: int = 10) ->
             stopped[entry.prompts] = stopped.get(entry.prompts, 0) + 1
     lines = [line(entry) for entry in finished[:count]]
     lines += [f"     and {len(finished) - count} more"] if len(finished) > count else []
-    lines += [f"     {number} stopped after {prompts} prompts" for prompts, number in sorted(stopped.items())]
+    for prompts, number in sorted(stopped.items()):
+        lines.append(f"     {number} stopped {f'after {prompts} prompts' if prompts else 'before its first score'}")
     return "\n".join(lines + [line(entry) for entry in entries if entry.state == "failed"])
 
 

@@ -14,9 +14,11 @@ import ray
 import yaml
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from transformers import GenerationConfig
 
 from heliostat.errors import ConfigError, ModelError, RegistryError, ResourceError
-from heliostat.models import base, scratch
+from heliostat.evaluation.prefix import KEY, PromptPrefix
+from heliostat.models import base, bundle, scratch
 from heliostat.registry import store, versions
 from heliostat.serving import launch
 from heliostat.serving.config import EndpointArgs, ServingConfig
@@ -213,6 +215,29 @@ def test_a_bundle_served_from_the_registry_answers_under_its_name(no_endpoint: N
     running.stop()
     with pytest.raises(openai.APIConnectionError):
         client.models.list()
+
+
+def test_a_bundle_tuned_for_what_needs_generate_is_served_by_it(no_endpoint: None, tmp_path: Path) -> None:
+    weights = tiny.write_model(tmp_path / "weights", "llama")
+    tuned = {"num_beams": 3, "repetition_penalty": 1.3, "max_new_tokens": 20, "eos_token_id": 0, "pad_token_id": 1}
+    prefix = PromptPrefix("Be brief.")
+    folder = bundle.write(
+        tmp_path / "tuned",
+        weights=weights,
+        tokenizer=tiny.tokenizer(),
+        generation_config=GenerationConfig(**tuned),
+        manifest={"task": "causal_lm", "format": "text", KEY: prefix.manifest()},
+    )
+    loaded = base.load_for_inference(str(folder))
+    ids = loaded.tokenizer(prefix.text() + "the big cat", return_tensors="pt")
+    output = loaded.model.generate(**ids)[0, ids["input_ids"].shape[1] :]
+    running = launch.start(config(), str(folder))
+    client = openai.OpenAI(base_url=running.url, api_key="none", max_retries=0)
+    answer = client.completions.create(model="tuned", prompt="the big cat")
+    expected = loaded.tokenizer.decode(output, skip_special_tokens=True)
+    assert answer.choices[0].text.rstrip("\ufffd") == expected.rstrip("\ufffd")
+    assert in_flight() == 0
+    running.stop()
 
 
 def test_the_serve_config_deploys(no_endpoint: None, ray_cluster: Any, model_folder: Path) -> None:

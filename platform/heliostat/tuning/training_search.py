@@ -38,10 +38,11 @@ from heliostat.tuning.search import Observer, Outcome
 from heliostat.tuning.searcher import PointSearcher
 from heliostat.tuning.space import Point, Space
 from heliostat.tuning.training_report import Trial
-from heliostat.tuning.training_trial import PROGRESS, TrainingTrial, TrialPlan, with_values
+from heliostat.tuning.training_trial import OVER, PROGRESS, TrainingTrial, TrialPlan, with_values
 
 WHERE = "tune_training"
 NOTES = "trials.jsonl"
+RESULTS = "results.json"
 _SEARCHABLE = ("seed", "model.", "adapter.", "data.", "training.")
 _FIXED = ("training.num_workers", "training.use_gpu", "training.resources_per_worker", "training.max_failures")
 _LOSSES = ("eval_loss", "eval_perplexity", "loss")
@@ -68,9 +69,11 @@ def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
         with runs.released(run, NOTES):
             console.print(f"{'going on with' if run.resumed else 'search'} {run.folder}", highlight=False)
             plan = _plan(base, metric, run)
-            trials = _search(plan, searched, mode, concurrent, console)
-            result = _conclude(plan, trials, mode, run)
-        trained = _then(config, plan, result, console)
+            if run.status == "running":
+                _conclude(plan, _search(plan, searched, mode, concurrent, console), mode, run)
+            result: dict[str, Any] = json.loads((run.folder / RESULTS).read_text())
+            trained = _then(config, plan, result, console)
+            run.set_status("finished")
     return {**result, "trained": asdict(trained) if trained else None}
 
 
@@ -248,8 +251,8 @@ def _line(plan: TrialPlan, outcome: Outcome, mode: str) -> str:
     return f"trial {trial.index}  {point}  {plan.metric} {trial.value:.4f}  {training_report.ended(trial)}"
 
 
-def _conclude(plan: TrialPlan, trials: list[Trial], mode: str, run: Run) -> dict[str, Any]:
-    """Choose the best trial, delete what losers left, log everything.
+def _conclude(plan: TrialPlan, trials: list[Trial], mode: str, run: Run) -> None:
+    """Choose the best trial, delete what losers left, log everything; the results are in the search's folder then.
 
     Raises:
         TrainingError: there is nothing to choose from.
@@ -271,10 +274,10 @@ def _conclude(plan: TrialPlan, trials: list[Trial], mode: str, run: Run) -> dict
         "trials": [asdict(trial) for trial in trials],
         "run_id": plan.parent_run_id,
         "folder": str(run.folder),
+        "table": table,
     }
-    runs.write_atomically(run.folder / "results.json", json.dumps(result, indent=2))
-    run.set_status("finished")
-    return {**result, "table": table}
+    runs.write_atomically(run.folder / RESULTS, json.dumps(result, indent=2))
+    run.set_status("trained")
 
 
 def _best(trials: list[Trial], mode: str) -> Trial | None:
@@ -325,7 +328,7 @@ def _then(
         return None
     best = result["best"]
     folder = plan.run_folder(result["best_trial"], best)
-    complete = not config.tune_training.overrides and runs.facts(folder)["status"] == "trained"
+    complete = not config.tune_training.overrides and runs.facts(folder)["status"] in OVER
     if complete:
         chosen = plan.configure(best)
         return trainer.train(chosen, console, runs.open_folder(folder, trainer.config_hash(chosen)))

@@ -29,6 +29,8 @@ from heliostat.tuning.space import Point
 
 PROGRESS = "progress"
 """Percent of the trial's steps; what schedulers compare trials at."""
+OVER = ("trained", "finished")
+"""Status of a trial that ran to its end, and of one whose model was registered then."""
 _POLL_S = 0.1
 
 
@@ -118,7 +120,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         index, point = config["index"], config["point"]
         folder = self._plan.run_folder(index, point)
         self._run = self._thread = None
-        if runs.facts(folder).get("status") not in ("trained", "stopped"):
+        if runs.facts(folder).get("status") not in (*OVER, "stopped"):
             configured = self._plan.configure(point)
             self._run = runs.open_folder(folder, trainer.config_hash(configured))
             self._thread = threading.Thread(target=self._train, args=(configured, self._run), name="trial", daemon=True)

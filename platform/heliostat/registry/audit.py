@@ -14,6 +14,7 @@ import json
 import random
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
@@ -36,6 +37,8 @@ _MAX_LENGTH = 6000
 _IN_FLIGHT = timedelta(minutes=1)
 # The longest pause after a lost race, times the number of races lost in a row (up to 10).
 _PAUSE_S = 0.02
+# The pause, in lost races, before the aliases are set for somebody else.
+_PATIENCE = 5
 
 Kind = Literal["promote", "rollback", "adopt"]
 
@@ -177,7 +180,11 @@ class PromotionLog:
         Raises:
             RegistryError: the store failed.
         """
-        history = self._align()
+        history = self.read()
+        if self._wrong(history):
+            back_off(_PATIENCE)  # most likely somebody is at it
+            if self.read() == history:
+                self._align()
         overdue = datetime.now(UTC) - _IN_FLIGHT
         with store.failures(f"the promotion log of `{self.name}` cannot be completed"):
             client = store.client()
@@ -219,24 +226,26 @@ class PromotionLog:
     def _align(self) -> History:
         """Set the aliases and return the log.
 
-        Whoever moves an alias looks at the log once more afterwards, so the last one to move it saw the newest entry.
+        Whoever set an alias looks at the log and the alias once more, and sets it again if the log is newer and nobody
+        else has set it. So the last one of all to set it saw the newest entry.
         """
-        history = self.read()
-        while history.entries and self._project(history):
-            newer = self.read()
-            if newer == history:
-                break
-            history = newer
-        return history
+        mine: dict[str, str | None] = {}
+        while True:
+            history = self.read()
+            wrong = self._wrong(history, mine)
+            if not wrong:
+                return history
+            mine = wrong
+            with store.failures(f"the aliases of `{self.name}` cannot be set"):
+                for alias, version in wrong.items():
+                    _set_alias(store.client(), self.name, alias, version)
 
-    def _project(self, history: History) -> bool:
-        """Set the aliases; False if they were right."""
+    def _wrong(self, history: History, mine: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+        """Aliases that are not what the log says, and what it says; of `mine`, only those still as I set them."""
+        wanted = history.aliases if history.entries else {}
         current = versions.aliases(self.name)
-        wrong = {alias: version for alias, version in history.aliases.items() if version != current.get(alias)}
-        with store.failures(f"the aliases of `{self.name}` cannot be set"):
-            for alias, version in wrong.items():
-                _set_alias(store.client(), self.name, alias, version)
-        return bool(wrong)
+        wrong = {alias: version for alias, version in wanted.items() if version != current.get(alias)}
+        return {a: version for a, version in wrong.items() if not mine or (a in mine and current.get(a) == mine[a])}
 
     def _publish(self, history: History, number: int) -> None:
         """Write the tags of the entry's version, unless a newer entry has, and last the artifact."""

@@ -75,6 +75,7 @@ def promote(
         champion = history.champion
         scores = _compare(candidate, _existing(name, champion), asked, config)
         if champion == candidate.version:
+            log.settle()
             break
         if number := log.append(history, _entry(candidate, champion, scores, reason)):
             log.finish(number)

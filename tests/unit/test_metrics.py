@@ -14,7 +14,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from heliostat.errors import ConfigError
 from heliostat.evaluation import metrics
-from heliostat.evaluation.config import JudgeConfig, MetricName
+from heliostat.evaluation.config import LOWER_IS_BETTER, JudgeConfig, MetricName
 from heliostat.evaluation.metrics import Example
 
 NAMES: tuple[str, ...] = MetricName.__args__  # type: ignore[attr-defined]
@@ -207,7 +207,7 @@ def test_every_name_of_the_configuration_is_built_in_order() -> None:
     judge = JudgeConfig(base_url="http://127.0.0.1:1/v1", model="m")
     built = metrics.build(NAMES, references=["a", "b"], judge=judge)
     assert [metric.name for metric in built] == list(NAMES)
-    assert [metric.name for metric in built if not metric.greater_is_better] == ["repetition"]
+    assert {metric.name for metric in built if not metric.greater_is_better} == LOWER_IS_BETTER == {"repetition"}
 
 
 def test_a_judge_without_settings_is_named() -> None:

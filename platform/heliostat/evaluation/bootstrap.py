@@ -78,9 +78,12 @@ def _draws(examples: int, samples: int, seed: int) -> Iterator[Floats]:
     generator = np.random.default_rng(seed)
     size = max(1, CHUNK_WEIGHTS // max(1, examples))
     for start in range(0, samples if examples else 0, size):
-        yield generator.multinomial(examples, np.full(examples, 1 / examples), size=min(size, samples - start)).astype(
-            np.float64
-        )
+        count = min(size, samples - start)
+        drawn = generator.integers(examples, size=(count, examples))
+        # Each draw has numbers of its own, so that one bincount, which is quicker than `multinomial`, counts them all.
+        drawn += examples * np.arange(count)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=count * examples)
+        yield counts.reshape(count, examples).astype(np.float64)
 
 
 def _middle(values: Sequence[Floats], confidence: float) -> Interval:

@@ -55,10 +55,15 @@ class TuneTrainingConfig(SearchConfig):
 
 
 class TuneDecodingConfig(SearchConfig):
-    """`heliostat tune-decoding`: trials generate with other decoding settings or prompts; nothing is trained."""
+    """`heliostat tune-decoding`: trials generate with other decoding settings or prompts; nothing is trained.
+
+    Keys of the space are those of `generation`, `system_prompt` (choices of texts) and `few_shot` (choices: a count of
+    training rows, or a list of [prompt, answer] pairs, put before every prompt).
+    """
 
     metric: str | dict[str, float] | None = None
-    """A metric of the evaluation, or a weighted sum {metric: weight}; default: the first of evaluation.metrics."""
+    """A metric of the evaluation (default: the first of evaluation.metrics), made large or small as is better for it; or
+    a weighted sum {metric: weight}, made large: give a metric that should be small a negative weight."""
     constraints: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Upper limits of the winner's mean `tokens` or `seconds` (of compute) per prompt."""
     prompts: PositiveInt = 128

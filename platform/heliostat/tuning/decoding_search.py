@@ -44,7 +44,7 @@ from heliostat.tuning.decoding_trial import (
     Generator,
     Measured,
 )  # fmt: skip
-from heliostat.tuning.search import Outcome
+from heliostat.tuning.search import ERROR, Outcome
 from heliostat.tuning.searcher import PointSearcher
 
 CONCURRENCY_KEY = "tune_decoding.resources_per_trial"
@@ -137,6 +137,13 @@ class Race(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray has no types
         """Whether the trial goes on."""
         decision = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if trial.config["index"] < self._exempt else str(decision)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A trial is over; one that failed has no score to measure others by."""
+        if ERROR in result:
+            self.on_trial_remove(tune_controller, trial)
+        else:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 def select(outcomes: Sequence[Outcome], constraints: Mapping[str, float], *, greater_is_better: bool) -> Outcome | None:

@@ -239,7 +239,8 @@ class Engine:
                 _stop(manager)
             manager.join(time.perf_counter())
             self._manager = None
-            self._failure = manager.background_thread_status.fatal_error
+            # A loop that was started again and closed has none; the reason is then the one before.
+            self._failure = manager.background_thread_status.fatal_error or self._failure
             self._post(self._fail, manager)
             if self._closing.is_set():
                 return

@@ -111,7 +111,9 @@ def test_a_deleted_log_is_named(name: str, log: PromotionLog) -> None:
         PromotionLog.open(name)
 
 
-def test_champions_from_before_the_log_are_its_beginning(name: str, log: PromotionLog) -> None:
+def test_champions_from_before_the_log_are_its_beginning(
+    name: str, log: PromotionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     versions.set_alias(name, "previous_champion", "1")
     versions.set_alias(name, "champion", "2")
     before = log.read()
@@ -124,6 +126,10 @@ def test_champions_from_before_the_log_are_its_beginning(name: str, log: Promoti
     after = log.read()
     assert [entry.kind for entry in after.entries] == ["adopt", "promote"]
     assert after.champions == ("1", "2", "3")
+    monkeypatch.setattr(audit, "_IN_FLIGHT", timedelta(0))
+    log.settle()
+    assert [artifact(log, number)["kind"] for number in (1, 2)] == ["adopt", "promote"]
+    assert "promoted_at" not in versions.get_version(name, "2").tags, "it was not promoted now"
 
 
 def test_aliases_are_what_the_log_says(name: str, log: PromotionLog) -> None:

@@ -248,9 +248,9 @@ class PromotionLog:
         return {a: version for a, version in wrong.items() if not mine or (a in mine and current.get(a) == mine[a])}
 
     def _publish(self, history: History, number: int) -> None:
-        """Write the tags of the entry's version, unless a newer entry has, and last the artifact."""
+        """Write the tags of the entry's version, unless a newer entry has or older ones stay, and last the artifact."""
         client, entry = store.client(), history.entries[number - 1]
-        if entry.version not in {newer.version for newer in history.entries[number:]}:
+        if entry.kind != "adopt" and entry.version not in {newer.version for newer in history.entries[number:]}:
             _tag(client, self.name, entry)
         text = json.dumps(asdict(entry), ensure_ascii=False, indent=2) + "\n"
         store.attempt(lambda: client.log_text(self.run_id, text, _path(number)))

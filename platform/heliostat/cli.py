@@ -202,7 +202,13 @@ def _evaluate(options: argparse.Namespace) -> Result:
     config = _load(options)
     from heliostat.registry import scoring
 
-    return scoring.score(config, options.model, _console(), options.predictions)
+    given = [key.partition("=")[0].removeprefix("generation.") for key in options.overrides if _is_decoding(key)]
+    decoding = config.generation.model_dump(include=set(given))
+    return scoring.score(config, options.model, _console(), options.predictions, decoding)
+
+
+def _is_decoding(override: str) -> bool:
+    return override.startswith("generation.")
 
 
 def _show_evaluate(result: Result) -> str:

@@ -130,8 +130,7 @@ def test_a_store_that_is_away_costs_no_score(home: Path, monkeypatch: pytest.Mon
     assert result["run_id"] is None
     assert result["loss"] > 0
     assert (
-        "the evaluation is not logged to MLflow: the MLflow server at http://127.0.0.1:9 cannot be"
-        in printed.getvalue()
+        "the run evaluation cannot be created: the MLflow server at http://127.0.0.1:9 cannot be" in printed.getvalue()
     )
 
 
@@ -205,3 +204,17 @@ def test_what_is_missing_is_named(home: Path, registered: str) -> None:
     without = without.model_copy(update={"data": config(home).data.model_copy(update=only_train)})
     with pytest.raises(DataError, match=r"there is no test split; set data\.test to a file, or data\.test_size"):
         scoring.score(without, str(home / "bundle"), Console(file=io.StringIO()))
+
+
+def test_a_bundle_decodes_by_its_own_settings_and_other_models_by_the_configuration(home: Path, tmp_path: Path) -> None:
+    """Or an evaluation would not tell how the tuned model answers when it is served."""
+
+    def longest(reference: str, **decoding: Any) -> int:
+        file = tmp_path / "predictions.jsonl"
+        scoring.score(config(home), reference, Console(file=io.StringIO()), str(file), decoding)
+        texts = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
+        return max(len(made(text, add_special_tokens=False)["input_ids"]) for text in texts)
+
+    made = tiny.tokenizer()
+    assert longest(str(home / "bundle-weights")) <= 4 < longest(str(home / "bundle")) <= 8
+    assert longest(str(home / "bundle"), max_new_tokens=2) <= 2

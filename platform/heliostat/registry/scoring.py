@@ -4,14 +4,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric
-from mlflow.utils.time import get_current_time_millis
 from rich.console import Console
 from rich.progress import Progress
+from transformers import GenerationConfig
 
 from heliostat.config import fingerprint
 from heliostat.data import splits
@@ -19,9 +19,11 @@ from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import DataError, RegistryError
 from heliostat.evaluation import actors, evaluator
-from heliostat.evaluation.evaluator import Runner, Scores, Source
+from heliostat.evaluation.config import GenerationSettings
+from heliostat.evaluation.evaluator import Decoding, Runner, Scores, Source
 from heliostat.experiment import ExperimentConfig
-from heliostat.registry import store, versions
+from heliostat.models import bundle
+from heliostat.registry import tracking, versions
 from heliostat.registry.versions import ResolvedModel
 
 PREDICTIONS = "predictions.json"
@@ -29,9 +31,16 @@ PREDICTIONS = "predictions.json"
 
 
 def score(
-    config: ExperimentConfig, reference: str | None, console: Console, predictions: str | None = None
+    config: ExperimentConfig,
+    reference: str | None,
+    console: Console,
+    predictions: str | None = None,
+    decoding: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
     """Score `reference` (default: the config's challenger) on the config's test split.
+
+    A bundle decodes as it would when served, by its own settings, with those of `decoding` on top; any other model by
+    the config's `generation` section.
 
     Each call is an MLflow run named `evaluation` with the scores and the predictions, below the run of the version.
     `predictions` names a file that gets one JSON line for each row.
@@ -48,14 +57,15 @@ def score(
     baseline = _baseline(config, resolved)
     with actors.connection(config.evaluation):
         with actors.runner(Source(resolved.path), config.evaluation) as runner:
-            scores = _evaluate(config, runner, rows, console, reference)
+            scores = _evaluate(config, runner, rows, _decoding(config, resolved.path, decoding), console, reference)
             chat_template = runner.chat_template
         result = {"model": reference, **_flat(scores), "baseline": None}
         if baseline is not None:
             # It reads chats by the evaluated model's template.
             source = Source(baseline.path, baseline.untrained_seed, chat_template)
             with actors.runner(source, config.evaluation) as runner:
-                beside = _flat(_evaluate(config, runner, rows, console, "baseline"))
+                settings = _decoding(config, baseline.path, decoding) if baseline.untrained_seed is None else None
+                beside = _flat(_evaluate(config, runner, rows, settings or config.generation, console, "baseline"))
             result["baseline"] = {"model": config.evaluation.baseline, **beside}
     if predictions:
         _write_predictions(Path(predictions), scores)
@@ -115,14 +125,23 @@ def _test_rows(config: ExperimentConfig) -> list[Row]:
     return rows
 
 
-def _evaluate(config: ExperimentConfig, runner: Runner, rows: list[Row], console: Console, what: str) -> Scores:
+def _decoding(config: ExperimentConfig, path: str, changes: Mapping[str, Any]) -> GenerationConfig | GenerationSettings:
+    """How the model at `path` decodes."""
+    if not (Path(path) / bundle.MANIFEST).exists():
+        return config.generation
+    return GenerationConfig.from_dict({**GenerationConfig.from_pretrained(path).to_dict(), **changes})
+
+
+def _evaluate(
+    config: ExperimentConfig, runner: Runner, rows: list[Row], decoding: Decoding, console: Console, what: str
+) -> Scores:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"evaluating {what}", total=len(rows))
         return evaluator.evaluate(
             runner,
             rows,
             config.data,
-            config.generation,
+            decoding,
             config.evaluation,
             advance=lambda done: bar.advance(task, done),
         )
@@ -153,32 +172,30 @@ def _log_run(
 ) -> str | None:
     """The id of the new run; None if the store takes none, which costs the user no score."""
     try:
-        with store.failures("the evaluation is not logged to MLflow"):
-            return _create_run(config, reference, resolved, scores)
+        return _create_run(config, reference, resolved, scores)
     except RegistryError as error:
         console.print(str(error), markup=False, highlight=False)
         return None
 
 
 def _create_run(config: ExperimentConfig, reference: str, resolved: ResolvedModel, scores: Scores) -> str:
-    client = store.client()
-    tags = {"mlflow.user": store.user(), "mlflow.source.name": "heliostat", "heliostat.model": reference}
+    tags = {"heliostat.model": reference}
     if resolved.name and resolved.version:
         version = versions.get_version(resolved.name, resolved.version)
-        tags |= {"heliostat.model": version.uri, "mlflow.parentRunId": version.run_id or ""}
-    run = client.create_run(store.experiment_id(config.experiment_name), tags=tags, run_name="evaluation")
-    run_id, now = str(run.info.run_id), get_current_time_millis()
-    finite = {name: value for name, value in scores.metrics.items() if math.isfinite(value)}
-    client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in finite.items()], synchronous=True)
-    if scores.examples:
-        client.log_table(run_id, _columns(scores), PREDICTIONS)
-    client.set_terminated(run_id)
+        tags = {"heliostat.model": version.uri, "mlflow.parentRunId": version.run_id or ""}
+    run_id = tracking.start_run(config.experiment_name, "evaluation", {}, tags)
+    tracking.log_metrics(run_id, scores.metrics)
+    tracking.log_table(run_id, PREDICTIONS, list(_predictions(scores)))
+    tracking.end_run(run_id)
     return run_id
 
 
-def _columns(scores: Scores) -> dict[str, list[Any]]:
-    texts = {name: [getattr(e, name) for e in scores.examples] for name in ("prompt", "reference", "prediction")}
-    marks = {
-        name: [None if math.isnan(value) else value for value in values] for name, values in scores.per_example.items()
-    }
-    return {**texts, **marks}
+def _predictions(scores: Scores) -> Iterator[dict[str, Any]]:
+    for index, example in enumerate(scores.examples):
+        marks = {name: values[index] for name, values in scores.per_example.items()}
+        yield {
+            "prompt": example.prompt,
+            "reference": example.reference,
+            "prediction": example.prediction,
+            **{name: None if math.isnan(mark) else mark for name, mark in marks.items()},
+        }

@@ -273,8 +273,10 @@ def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> Non
 
 
 def log_table(run_id: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Save rows of the same keys as the run's table `name`, such as predictions.json, which MLflow shows as one."""
-    columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+    """Save rows of the same keys, if any, as a table of the run that MLflow shows, such as predictions.json."""
+    if not rows:
+        return
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
     with store.failures(f"{name} cannot be logged"):
         store.client().log_table(run_id, columns, name)
 

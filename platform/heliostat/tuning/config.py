@@ -62,7 +62,7 @@ class TuneDecodingConfig(SearchConfig):
     """
 
     metric: str | dict[str, float] | None = None
-    """A metric of the evaluation (default: the first of evaluation.metrics), made large or small as is better for it; or
+    """A metric of the evaluation (default: the first of evaluation.metrics), made large or small as it is better; or
     a weighted sum {metric: weight}, made large: give a metric that should be small a negative weight."""
     constraints: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Upper limits of the winner's mean `tokens` or `seconds` (of compute) per prompt."""

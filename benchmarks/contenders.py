@@ -219,6 +219,7 @@ def _spec(folder: Path, training: "TrainingConfig", max_length: int, steps: int)
         total_steps=steps,
         eval_steps=steps,
         save_steps=steps,
+        export_all=False,
         seed=SEED,
     )
 

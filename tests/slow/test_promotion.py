@@ -16,6 +16,7 @@ from mlflow.artifacts import list_artifacts, load_dict
 from heliostat.errors import GateRefused
 from heliostat.registry import audit, store, versions
 from heliostat.registry.audit import Entry, History, PromotionLog
+from heliostat.registry.config import Gate
 from heliostat.registry.promotion import promote, rollback
 from tests import mlflow_server, postgres
 
@@ -153,7 +154,7 @@ def test_a_process_killed_between_log_and_alias_is_made_up_for(
         expected: tuple[str, str | None] = (third, second)
     elif repair == "refused":
         with pytest.raises(GateRefused, match="has no score"):
-            promote(model, third, verify=sound, metric="missing")
+            promote(model, third, verify=sound, gates=[Gate(metric="missing")])
         expected = (second, first)
     else:
         assert rollback(model, verify=sound).version == first

@@ -119,24 +119,24 @@ def test_scores_on_other_data_are_not_compared(name: str) -> None:
     versions.log_evaluation(name, "1", {"score": 0.1}, data="old")
     versions.log_evaluation(name, "2", {"score": 0.9}, data="new")
     with pytest.raises(GateRefused, match=f"`heliostat evaluate a.yaml --model models:/{name}/1`"):
-        promote(name, verify=sound, metric="score", config="a.yaml")
+        promote(name, verify=sound, gates=[Gate(metric="score")], config="a.yaml")
     assert versions.aliases(name)["champion"] == "1"
     versions.log_evaluation(name, "1", {"score": 0.2}, data="new")
-    assert promote(name, verify=sound, metric="score").scores == (Comparison("score", 0.9, 0.2),)
+    assert promote(name, verify=sound, gates=[Gate(metric="score")]).scores == (Comparison("score", 0.9, 0.2),)
 
 
 def test_a_score_that_is_not_recorded_refuses(name: str) -> None:
     versions.set_alias(name, "champion", "1")
     versions.log_evaluation(name, "2", {"score": 1.0})
     with pytest.raises(GateRefused, match=f"models:/{name}/1 has no score `score`"):
-        promote(name, verify=sound, metric="score")
+        promote(name, verify=sound, gates=[Gate(metric="score")])
     with pytest.raises(GateRefused, match=r"has no score `bleu` .recorded: score."):
-        promote(name, verify=sound, metric="bleu")
+        promote(name, verify=sound, gates=[Gate(metric="bleu")])
 
 
 def test_without_a_champion_a_recorded_score_is_enough(name: str) -> None:
     versions.log_evaluation(name, "2", {"score": 0.1})
-    promotion = promote(name, verify=sound, metric="score")
+    promotion = promote(name, verify=sound, gates=[Gate(metric="score")])
     assert promotion == Promotion(name, "2", None, (Comparison("score", 0.1, None),))
 
 
@@ -212,7 +212,7 @@ def test_the_gates_are_asked_again_when_the_champion_changed_meanwhile(name: str
         promote(name, "1", verify=sound)
 
     with pytest.raises(GateRefused, match=r"score is 0.5, the champion's .version 1. is 0.9"):
-        promote(name, "2", verify=somebody_promotes, metric="score")
+        promote(name, "2", verify=somebody_promotes, gates=[Gate(metric="score")])
     assert champions(name) == ("1", None)
 
 
@@ -220,7 +220,7 @@ def test_a_deleted_champion_blocks_nobody(name: str) -> None:
     promote(name, "1", verify=sound)
     store.client().delete_model_version(name, "1")
     versions.log_evaluation(name, "2", {"score": 0.5})
-    assert promote(name, "2", verify=sound, metric="score").previous == "1"
+    assert promote(name, "2", verify=sound, gates=[Gate(metric="score")]).previous == "1"
     assert champions(name) == ("2", None)
 
 

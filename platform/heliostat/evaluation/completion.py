@@ -17,8 +17,8 @@ def complete(
     """The continuation of each prompt, by the model's decoding defaults with `settings` (transformers' names) on top.
 
     A prompt becomes a user's message where the model was trained on chats, fills the bundle's prompt template where
-    that has one gap, and is taken as it is otherwise. The bundle's prompt prefix comes before it. A stop string and what
-    follows it are no part of the continuation.
+    that has one gap, and is taken as it is otherwise. The bundle's prompt prefix comes before it. A stop string and
+    what follows it are no part of the continuation.
     """
     from transformers import GenerationConfig
 

@@ -107,19 +107,26 @@ def generate_batch(
     torch.manual_seed(int(np.random.SeedSequence([seed, batch.number]).generate_state(1)[0]))
     changes = {"max_new_tokens": batch.max_new_tokens, "pad_token_id": pad_token_id, "num_return_sequences": 1}
     limited = GenerationConfig.from_dict({**config.to_dict(), **changes})
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    # The mask hides the padding from the model, but not from a repetition penalty: a token of the prompt is neutral.
-    rows = [[prompt[0]] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
+    ids, mask = left_padded(prompts)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             generation_config=limited,
             tokenizer=tokenizer if limited.stop_strings else None,
         )
-    return [_until_end(row[longest:].tolist(), limited) for row in output]
+    return [_until_end(row[ids.shape[1] :].tolist(), limited) for row in output]
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of the prompts, both (n, longest).
+
+    The mask hides the padding from the model, but not from a repetition penalty: a token of the prompt is neutral.
+    """
+    longest = max(map(len, prompts))
+    rows = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows), torch.tensor(mask)
 
 
 def _new_token_limits(model: Any, prompts: Sequence[list[int]], wanted: int) -> list[int]:

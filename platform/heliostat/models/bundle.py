@@ -48,7 +48,7 @@ def derive(source: Path, folder: Path, *, generation_config: dict[str, Any], cha
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name in manifest["files"].keys() - {GENERATION_CONFIG}:
-        _link(str(source / name), str(temporary / name))
+        files.link(str(source / name), str(temporary / name))
     changed = temporary / GENERATION_CONFIG
     changed.write_text(json.dumps(generation_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     hashes = dict(sorted({**manifest["files"], GENERATION_CONFIG: files.sha256(changed)}.items()))
@@ -84,15 +84,8 @@ def _finish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> Path:
 def _link_tensors(source: str, target: str) -> None:
     """Small files are copied: what is saved over a linked one would change the source too."""
     if source.endswith(".safetensors"):
-        _link(source, target)
+        files.link(source, target)
     else:
-        shutil.copy2(source, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
         shutil.copy2(source, target)
 
 

@@ -7,6 +7,8 @@ a hub name. Registry URIs (models:/...) are turned into folders by `heliostat.re
 import hashlib
 import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 
 from heliostat.errors import ModelError
@@ -83,3 +85,11 @@ def weights_sha256(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name}:{sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Make `target` the same file as `source`, or a copy of it where the file system has no hard links between them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -20,6 +20,7 @@ from heliostat.quickstart import schedules
 from heliostat.registry import promotion, scoring, store
 from heliostat.serving import launch
 from heliostat.training import trainer
+from heliostat.tuning import decoding_search
 
 CONFIG = Path(__file__).parent / "train.yaml"
 
@@ -44,31 +45,36 @@ class Quickstart:
         self.console.print(f"[{time.monotonic() - self.started:4.0f} s] {text}", markup=False, highlight=False)
 
     def train(self) -> dict[str, Any]:
-        """Generate the data, train, evaluate and promote: the result so far."""
+        """Generate the data, train, search decoding settings, evaluate and promote: the result so far."""
         folder = state.folder() / "cron"
         counts = schedules.write(folder)
         self.say(f"data: {counts['train']} training and {counts['test']} test phrases in {folder}")
         trained = trainer.train(self.config, self.console)
+        assert trained.model_name is not None
         self.say(f"trained and registered {trained.model_uri}: validation loss {trained.metrics['eval_loss']:.4f}")
-        scores = scoring.score(self.config, trained.model_uri, self.console)
+        searched = decoding_search.tune_decoding(self.config, trained.model_uri, self.console)
+        uri = searched["model_uri"] or trained.model_uri
+        self.say(f"decoding search over {searched['trials']} settings: {searched['verdict']}")
+        scores = scoring.score(self.config, uri, self.console)
+        low, high = scores["intervals"]["exact_match"]
         before = scores["baseline"]["exact_match"]
         self.say(
-            f"exact match on {scores['n']} unseen phrases: {scores['exact_match']:.3f} (before training: {before:.3f})"
+            f"exact match of {uri} on {scores['n']} unseen phrases: {scores['exact_match']:.3f} "
+            f"[{low:.3f}, {high:.3f}] (before training: {before:.3f})"
         )
         families = "  ".join(f"{name} {group['exact_match']:.2f}" for name, group in scores["groups"].items())
         self.say(f"by phrasing family: {families}")
-        assert trained.model_name is not None
-        promoted = promotion.promote(
-            trained.model_name, trained.version, verify=_verify, metric="exact_match", reason="quickstart"
-        )
+        gates = self.config.promotion.gates
+        promoted = promotion.promote(trained.model_name, verify=_verify, gates=gates, reason="quickstart")
         self.say(f"models:/{promoted.name}@champion is version {promoted.version}")
         return {
-            "model_uri": trained.model_uri,
+            "model_uri": uri,
             "run_folder": trained.run_folder,
             "run_id": trained.run_id,
             "exact_match": scores["exact_match"],
             "exact_match_before": before,
             "families": {name: group["exact_match"] for name, group in scores["groups"].items()},
+            "decoding": {key: searched[key] for key in ("settings", "kept_greedy", "gain", "interval", "verdict")},
         }
 
     def ask(self, endpoint: launch.Endpoint) -> dict[str, Any]:

@@ -46,7 +46,6 @@ def promote(
     *,
     verify: Callable[[Path], None],
     gates: Sequence[Gate] = (),
-    metric: str | None = None,
     reason: str = "",
     config: str = "CONFIG",
 ) -> Promotion:
@@ -57,7 +56,6 @@ def promote(
         gates: scores that must be recorded (`versions.log_evaluation`) for the version and the champion, measured on
             the same data, and be no worse than the champion's by more than the tolerance. Without a champion the
             version's only have to be recorded.
-        metric: short for one more gate, where higher is better and nothing is tolerated.
         config: the experiment's file, for the commands that messages tell.
 
     Raises:
@@ -66,14 +64,13 @@ def promote(
     """
     candidate = versions.get_version(name, version) if version else versions.version_of_alias(name, CHALLENGER)
     log = PromotionLog.open(name)
-    asked = [*gates, *([Gate(metric=metric)] if metric else [])]
-    _compare(candidate, _existing(name, log.settle().champion), asked, config)
+    _compare(candidate, _existing(name, log.settle().champion), gates, config)
     _verify(candidate, verify)
     for lost in count():
         back_off(lost)
         history = log.read()
         champion = history.champion
-        scores = _compare(candidate, _existing(name, champion), asked, config)
+        scores = _compare(candidate, _existing(name, champion), gates, config)
         if champion == candidate.version:
             log.settle()
             break

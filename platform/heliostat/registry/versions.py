@@ -32,6 +32,7 @@ from mlflow.utils.uri import append_to_uri_path, is_local_uri
 from heliostat import state
 from heliostat.config import fingerprint
 from heliostat.errors import RegistryError
+from heliostat.models import files
 from heliostat.models.bundle import read_manifest
 from heliostat.registry import store
 
@@ -349,7 +350,9 @@ def _upload(client: MlflowClient, run_id: str, new: Path, path: str, shared: _Sh
         return
     with tempfile.TemporaryDirectory(prefix=f".{new.name}-", dir=new.parent) as temporary:
         rest = Path(temporary) / "rest"
-        shutil.copytree(new, rest, copy_function=_link, ignore=shutil.ignore_patterns(*map(glob.escape, shared.names)))
+        shutil.copytree(
+            new, rest, copy_function=files.link, ignore=shutil.ignore_patterns(*map(glob.escape, shared.names))
+        )
         client.log_artifacts(run_id, str(rest), path)
 
 
@@ -364,19 +367,12 @@ def _place(shared: _SharedFiles | None, target: str) -> dict[str, str]:
     for name in shared.names:
         linked = Path(local_file_uri_to_path(target)) / name
         linked.unlink(missing_ok=True)  # left by a registration that was killed
-        _link(str(shared.folder / name), str(linked))
+        files.link(shared.folder / name, linked)
     return {}
 
 
 def _is_local(uri: str) -> bool:
     return bool(is_local_uri(uri, is_tracking_or_registry_uri=False))
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _create(
@@ -420,7 +416,7 @@ def _download(version: ModelVersion, source: str, target: Path) -> Path:
         if not downloaded.is_dir() or not any(downloaded.iterdir()):
             raise RegistryError(f"{store.shown(source)}: holds no files; register the model again")
         for path in shared:
-            _link(str(path), str(downloaded / path.name))
+            files.link(path, downloaded / path.name)
         try:
             os.replace(downloaded, target)
         except OSError:

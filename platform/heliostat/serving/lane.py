@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from heliostat.errors import ModelError
+from heliostat.evaluation.generate import left_padded
 from heliostat.serving.engine import EngineFailed, token_ids
 from heliostat.serving.sampling import SamplingParams
 from heliostat.serving.text import Completion, Delta
@@ -221,7 +222,7 @@ class Lane:
     def _generate(self, batch: list[_Request]) -> list[list[int]]:
         """The new tokens of each request; what follows an end token or a stop string is of no meaning."""
         params = batch[0].params
-        ids, mask = _left_padded([request.prompt_ids for request in batch])
+        ids, mask = left_padded([request.prompt_ids for request in batch])
         stopping = StoppingCriteriaList([_Abandoned(lambda: self._closing or all(r.gone for r in batch))])
         if params.stop:
             stopping.append(_StopText(self._tokenizer, params.stop, ids.shape[1]))
@@ -291,17 +292,6 @@ class _StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not 
         texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ended = [any(stop in text for stop in self._stops) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
-
-
-def _left_padded(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of the prompts, both (n, longest).
-
-    The mask hides the padding from the model, but not from a repetition penalty: a token of the prompt is neutral.
-    """
-    longest = max(map(len, prompts))
-    rows = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows), torch.tensor(mask)
 
 
 def _fail(request: _Request) -> None:

@@ -47,6 +47,8 @@ from heliostat.tuning.decoding_trial import (
 from heliostat.tuning.search import ERROR, Outcome
 from heliostat.tuning.searcher import PointSearcher
 
+# Smaller than any difference between two scores, even times the number of trials.
+_TRIFLE = 1e-9
 CONCURRENCY_KEY = "tune_decoding.resources_per_trial"
 
 
@@ -135,7 +137,7 @@ class Race(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray has no types
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
-        decision = super().on_trial_result(tune_controller, trial, result)
+        decision = super().on_trial_result(tune_controller, trial, self._ranked(trial, result))
         return TrialScheduler.CONTINUE if trial.config["index"] < self._exempt else str(decision)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -143,7 +145,15 @@ class Race(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray has no types
         if ERROR in result:
             self.on_trial_remove(tune_controller, trial)
         else:
-            super().on_trial_complete(tune_controller, trial, result)
+            super().on_trial_complete(tune_controller, trial, self._ranked(trial, result))
+
+    def _ranked(self, trial: Any, result: dict[str, Any]) -> dict[str, Any]:
+        """The result with a score that is a trifle worse for later trials, as `select` prefers earlier ones.
+
+        On few prompts many scores are equal, and none of those would be stopped.
+        """
+        trifle = _TRIFLE * trial.config["index"] * max(1.0, abs(result[SCORE]))
+        return {**result, SCORE: result[SCORE] - self._metric_op * trifle}
 
 
 def select(outcomes: Sequence[Outcome], constraints: Mapping[str, float], *, greater_is_better: bool) -> Outcome | None:

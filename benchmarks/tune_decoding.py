@@ -1,6 +1,6 @@
 """How much cheaper a decoding search is than trying every setting on every prompt.
 
-    python -m benchmarks.tune_decoding RUN [--settings N] [--prompts N] [--batch-size N] [--rounds N] [--json FILE]
+    python -m benchmarks.tune_decoding RUN [--settings N] [--prompts N] [--batch-size N] [--threads N] [--rounds N]
 
 RUN is the folder of a finished training run, such as the quickstart's. Both contenders try the same settings on the
 same prompts, each in a process of its own, in turns; medians over the rounds count:
@@ -14,6 +14,7 @@ not, is told apart.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -135,24 +136,26 @@ def search(folder: Path) -> dict[str, Any]:
 JOBS = {"points": points, "plain": plain, "search": search}
 
 
-def run_job(name: str, folder: Path) -> dict[str, Any]:
+def run_job(name: str, folder: Path, threads: int) -> dict[str, Any]:
     """Run a job in a new process; what it found, and how many seconds it took from the start of Python.
 
     Raises:
         RuntimeError: the job failed; with the end of its output.
     """
     command = [sys.executable, "-m", "benchmarks.tune_decoding", "--job", name, str(folder)]
+    # The actors of the search have a thread for each of their CPUs; threads that outnumber free cores wait in loops.
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if name == "plain" else {})}
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - started}
 
 
-def compare(folder: Path, rounds: int) -> dict[str, Any]:
+def compare(folder: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Run everything in `folder`; returns what `--json` writes."""
-    facts = run_job("points", folder)
-    runs = [{name: run_job(name, folder) for name in ("plain", "search")} for _ in range(rounds)]
+    facts = run_job("points", folder, threads)
+    runs = [{name: run_job(name, folder, threads) for name in ("plain", "search")} for _ in range(rounds)]
     for run in runs:
         run["search"]["race_seconds"] = run["search"]["seconds"] - run["search"]["holdout"]
     medians = {
@@ -187,6 +190,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of the plain loop (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -196,7 +200,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="heliostat-benchmark-") as name:
         settings = {key: getattr(chosen, key) for key in ("settings", "prompts", "batch_size")}
         (Path(name) / "settings.json").write_text(json.dumps({**settings, "run": str(chosen.run.absolute())}))
-        result = compare(Path(name), chosen.rounds)
+        result = compare(Path(name), chosen.rounds, chosen.threads)
     print(table(result))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")

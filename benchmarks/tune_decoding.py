@@ -2,14 +2,15 @@
 
     python -m benchmarks.tune_decoding RUN [--settings N] [--prompts N] [--batch-size N] [--threads N] [--rounds N]
 
-RUN is the folder of a finished training run, such as the quickstart's. Both contenders try the same settings on the
-same prompts, each in a process of its own, in turns; medians over the rounds count:
+RUN is the folder of a finished training run, such as the quickstart's. All contenders try the same settings on the
+same prompts, in turns; medians over the rounds count:
 
-plain   one process that loads the model anew for each setting, generates for all prompts, and scores
-search  the race of `heliostat tune-decoding`: Ray and its actors from their start, settings stopped early
+evaluations  a loop of evaluations, each a process that loads the model, generates for all prompts, and scores
+plain        one process that loads the model anew for each setting, generates for all prompts, and scores
+search       the race of `heliostat tune-decoding`: Ray and its actors from their start, settings stopped early
 
-The start of Python, all imports and that of Ray count. The comparison on held-out prompts, which the plain loop has
-not, is told apart.
+The start of Python, all imports and that of Ray count. The comparison on held-out prompts, which the loops have not, is
+told apart. So is how much better, on those prompts, the best of all settings is than the one that the search picks.
 """
 
 import argparse
@@ -20,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from heliostat.tuning.decoding_plan import Plan
+    from heliostat.tuning.decoding_settings import Setting
 
 REPOSITORY = Path(__file__).parents[1]
 SPACE = {
@@ -34,7 +37,10 @@ SPACE = {
     "repetition_penalty": [1.0, 1.1, 1.3],
     "num_beams": [1, 1, 2, 4],
 }
-HOLDOUT = 64
+HOLDOUT = 160
+# Jobs that use as many threads as told.
+LOOPS = ("plain", "evaluation")
+OTHERS = ("evaluations", "plain")
 
 
 def prepared(folder: Path) -> "Plan":
@@ -46,7 +52,7 @@ def prepared(folder: Path) -> "Plan":
     run = Path(settings["run"])
     config = experiment.load(run / "config.yaml")
     section = {
-        "space": SPACE, "searcher": "random", "num_samples": settings["settings"] - 1, "metric": "exact_match",
+        "space": SPACE, "searcher": "random", "num_samples": settings["settings"] - 2, "metric": "exact_match",
         "prompts": settings["prompts"], "holdout_prompts": HOLDOUT, "num_seeds": 1,
     }  # fmt: skip
     values = {**config.model_dump(), "storage_path": str(folder / "runs"), "tune_decoding": section}
@@ -72,29 +78,46 @@ def points(folder: Path) -> dict[str, Any]:
 
 
 def plain(folder: Path) -> dict[str, Any]:
-    """Load, generate, score; for each setting anew."""
+    """Load, generate, score; for each setting anew. Then, not timed, each setting's score on the held-out prompts."""
     started = time.perf_counter()
-    from transformers import GenerationConfig
-
-    from heliostat.evaluation import evaluator, metrics
     from heliostat.models import base
 
     plan = prepared(folder)
-    imports, loading, generating = time.perf_counter() - started, 0.0, 0.0
-    scores = []
-    for point in json.loads((folder / "points.json").read_text()):
+    times = {"imports": time.perf_counter() - started, "loading": 0.0, "generating": 0.0}
+    settings = [plan.task.setting(point) for point in json.loads((folder / "points.json").read_text())]
+    for setting in settings:
         started = time.perf_counter()
         loaded = base.load_for_inference(plan.task.model)
-        loading += time.perf_counter() - started
+        times["loading"] += time.perf_counter() - started
         started = time.perf_counter()
-        setting = plan.task.setting(point)
-        config = GenerationConfig.from_dict(setting.generation_config(loaded.model.generation_config.to_dict()))
-        examples = evaluator.predict(
-            loaded, plan.rows, plan.config.data, config, batch_size=plan.task.batch_size, prefix=setting.prefix
-        )
-        scores.append(metrics.score(plan.metric, plan.metric.statistics(examples)))
-        generating += time.perf_counter() - started
-    return {"imports": imports, "loading": loading, "generating": generating, "best": max(scores)}
+        score(plan, loaded, setting, plan.rows)
+        times["generating"] += time.perf_counter() - started
+    started = time.perf_counter()
+    held_out = [score(plan, loaded, setting, plan.holdout) for setting in settings]
+    return {**times, "untimed": time.perf_counter() - started, "held_out": held_out}
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    """One evaluation; the caller says of which setting."""
+    from heliostat.models import base
+
+    plan = prepared(folder)
+    point = json.loads((folder / "point.json").read_text())
+    found = score(plan, base.load_for_inference(plan.task.model), plan.task.setting(point), plan.rows)
+    return {"score": found}
+
+
+def score(plan: "Plan", loaded: Any, setting: "Setting", rows: Sequence[Any]) -> float:
+    """Generate for the rows with the setting; the metric's value."""
+    from transformers import GenerationConfig
+
+    from heliostat.evaluation import evaluator, metrics
+
+    config = GenerationConfig.from_dict(setting.generation_config(loaded.model.generation_config.to_dict()))
+    examples = evaluator.predict(
+        loaded, rows, plan.config.data, config, batch_size=plan.task.batch_size, prefix=setting.prefix
+    )
+    return metrics.score(plan.metric, plan.metric.statistics(examples))
 
 
 def search(folder: Path) -> dict[str, Any]:
@@ -129,11 +152,11 @@ def search(folder: Path) -> dict[str, Any]:
         "generating": sum(report["seconds"] * report["prompts"] for report in reports),
         "prompts": sum(report["prompts"] for report in reports),
         "stopped": sum(outcome.state == "stopped" for outcome in outcomes),
-        "best": best.results[-1]["score"],
+        "best": best.index,
     }
 
 
-JOBS = {"points": points, "plain": plain, "search": search}
+JOBS = {"points": points, "plain": plain, "evaluation": evaluation, "search": search}
 
 
 def run_job(name: str, folder: Path, threads: int) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def run_job(name: str, folder: Path, threads: int) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "benchmarks.tune_decoding", "--job", name, str(folder)]
     # The actors of the search have a thread for each of their CPUs; threads that outnumber free cores wait in loops.
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if name == "plain" else {})}
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if name in LOOPS else {})}
     started = time.perf_counter()
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -152,17 +175,37 @@ def run_job(name: str, folder: Path, threads: int) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - started}
 
 
+def evaluations(folder: Path, threads: int) -> dict[str, Any]:
+    """Evaluate each setting in a process of its own, one after the other."""
+    seconds = 0.0
+    for point in json.loads((folder / "points.json").read_text()):
+        (folder / "point.json").write_text(json.dumps(point))
+        seconds += run_job("evaluation", folder, threads)["seconds"]
+    return {"seconds": seconds}
+
+
+def one_round(folder: Path, threads: int) -> dict[str, Any]:
+    """All contenders once, each with its `seconds`."""
+    run = {"evaluations": evaluations(folder, threads)}
+    run |= {name: run_job(name, folder, threads) for name in ("plain", "search")}
+    run["plain"]["seconds"] -= run["plain"].pop("untimed")
+    run["search"]["seconds"] -= run["search"]["holdout"]
+    held_out = run["plain"].pop("held_out")
+    run["search"]["held_out_loss"] = max(held_out) - held_out[run["search"].pop("best")]
+    return run
+
+
 def compare(folder: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Run everything in `folder`; returns what `--json` writes."""
     facts = run_job("points", folder, threads)
-    runs = [{name: run_job(name, folder, threads) for name in ("plain", "search")} for _ in range(rounds)]
-    for run in runs:
-        run["search"]["race_seconds"] = run["search"]["seconds"] - run["search"]["holdout"]
+    runs = [one_round(folder, threads) for _ in range(rounds)]
     medians = {
         name: {key: statistics.median(run[name][key] for run in runs) for key in runs[0][name]} for name in runs[0]
     }
-    ratio = statistics.median(run["search"]["race_seconds"] / run["plain"]["seconds"] for run in runs)
-    return {"settings": facts["settings"], "prompts": facts["prompts"], "ratio": ratio, **medians, "runs": runs}
+    ratios = {
+        name: statistics.median(run["search"]["seconds"] / run[name]["seconds"] for run in runs) for name in OTHERS
+    }
+    return {"settings": facts["settings"], "prompts": facts["prompts"], "ratios": ratios, **medians, "runs": runs}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -171,10 +214,13 @@ def table(result: dict[str, Any]) -> str:
     whole = result["settings"] * result["prompts"]
     between = search["race"] - search["generating"] / max(1, search["actors"])
     return "\n".join([
-        f"{result['settings']} settings x {result['prompts']} prompts: search / plain = {result['ratio']:.2f}",
+        f"{result['settings']} settings x {result['prompts']} prompts: search / evaluations = "
+        f"{result['ratios']['evaluations']:.2f}, search / plain = {result['ratios']['plain']:.2f}; on held-out prompts "
+        f"the best setting is better by {search['held_out_loss']:.4f} than the one picked",
+        f"evaluations  {result['evaluations']['seconds']:.1f} s",
         f"plain   {plain['seconds']:6.1f} s: imports and rows {plain['imports']:.1f}, loading {plain['loading']:.1f}, "
         f"generating {plain['generating']:.1f}",
-        f"search  {search['race_seconds']:6.1f} s: imports and rows {search['imports']:.1f}, Ray {search['ray']:.1f}, "
+        f"search  {search['seconds']:6.1f} s: imports and rows {search['imports']:.1f}, Ray {search['ray']:.1f}, "
         f"race {search['race']:.1f} (generating {search['generating']:.1f} in {search['actors']:g} actors; the rest, "
         f"{between:.1f}, is their start and Tune)",
         f"        {search['prompts']:g} of {whole} answers generated, {search['stopped']:g} settings stopped; "

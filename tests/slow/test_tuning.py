@@ -43,10 +43,11 @@ def test_a_killed_search_goes_on_without_training_anything_twice(arguments: list
     search = tmp_path / "cron-tune-0001"
     process = command.start(*arguments, storage)
     command.wait_for(lambda: sum(bool(facts["journal"]) for facts in trials(search).values()) >= 3, process)
-    processes = command.processes_below(process.pid)
+    trainings = command.processes_below(process.pid, "Trainable")
+    assert len(trainings) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert command.still_alive(processes) == []
+    assert command.still_alive(trainings) == []
     before = trials(search)
     assert 3 <= len(before) < TRIALS, "it was killed half-way"
 

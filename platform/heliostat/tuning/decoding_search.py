@@ -44,7 +44,8 @@ from heliostat.tuning.decoding_trial import (
     Generator,
     Measured,
 )  # fmt: skip
-from heliostat.tuning.search import ERROR, Outcome
+from heliostat.tuning.reports import ERROR
+from heliostat.tuning.search import Outcome
 from heliostat.tuning.searcher import PointSearcher
 
 # Smaller than any difference between two scores, even times the number of trials.

@@ -20,7 +20,7 @@ from heliostat.evaluation.config import GenerationSettings, JudgeConfig
 from heliostat.evaluation.metrics import Floats, Metric
 from heliostat.tuning import decoding_settings, objective
 from heliostat.tuning.decoding_settings import Pair, Setting
-from heliostat.tuning.search import ERROR, FINISHED
+from heliostat.tuning.reports import ERROR, FINISHED
 
 SCORE, PROMPTS, TOKENS, SECONDS, STATISTICS = "score", "prompts", "tokens", "seconds", "statistics"
 

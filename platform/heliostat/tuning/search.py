@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from heliostat.errors import ResourceError
+from heliostat.tuning.reports import ERROR, FINISHED
 from heliostat.tuning.searcher import PointSearcher
 from heliostat.tuning.space import Point
 
 State = Literal["finished", "stopped", "failed"]
-# Keys of a trial's report: it came to its own end; it failed, and no restart would mend that.
-FINISHED, ERROR = "finished", "error"
 _TUNES_KEYS = frozenset({*AUTO_RESULT_KEYS, "config", "trial_id", "experiment_tag", "done", FINISHED, ERROR})
 
 # Tune's own files beside the trials' would only repeat our journals; its snapshots are never restored from.

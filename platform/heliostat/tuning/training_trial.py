@@ -24,7 +24,7 @@ from heliostat.experiment import ExperimentConfig
 from heliostat.training import runs, trainer
 from heliostat.training.checkpoint_scores import SCORES
 from heliostat.training.runs import Run
-from heliostat.tuning.search import ERROR, FINISHED
+from heliostat.tuning.reports import ERROR, FINISHED
 from heliostat.tuning.space import Point
 
 PROGRESS = "progress"

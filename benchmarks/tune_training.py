@@ -1,26 +1,20 @@
-"""What Ray Tune costs around trainings, and what early stops save.
-
-    python -m benchmarks.tune_training [--seconds 60] [--json FILE]
+"""What Ray Tune costs around trainings, and what early stops save; `benchmarks.tune` runs it.
 
 overhead: the wall time of a search, from an idle cluster to its results in MLflow, against the seconds that its trials
-trained, divided by how many ran at once. Trials are sized to train for about `--seconds`.
+trained, divided by how many ran at once. Trials are sized to train for a given time.
 early stops: the best validation loss of a grid of learning rates trained in full, against the best that the same rates
 reach under ASHA, and the steps of both. All on the quickstart's data and model. Only ratios mean something elsewhere.
 """
 
-import argparse
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from heliostat import cluster, experiment
+from heliostat import experiment
 from heliostat.experiment import ExperimentConfig
-from heliostat.quickstart import schedules
 from heliostat.tuning import search, training_search
 
 CONFIG = Path(__file__).parents[1] / "jobs" / "examples" / "cron" / "tune.yaml"
@@ -83,25 +77,17 @@ def early_stops(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run both, print the ratios."""
-    parser = argparse.ArgumentParser(description="Overhead and savings of training searches")
-    parser.add_argument("--seconds", type=float, default=60, help="training time of one trial")
-    parser.add_argument("--steps", type=int, default=300, help="steps of a trial in full, for early stops")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["HELIOSTAT_HOME"] = str(folder / "state")
-        schedules.write(folder / "cron")
-        with cluster.connected():
-            result = {"overhead": overhead(folder, options.seconds), "early_stops": early_stops(folder, options.steps)}
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2))
-    print(f"wall time / (training time / concurrency): {result['overhead']['ratio']:.2f}")
-    print(f"ASHA's best loss / the grid's: {result['early_stops']['loss_ratio']:.3f}, "
-          f"at {result['early_stops']['steps_ratio']:.2f} of its steps")  # fmt: skip
+def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
+    """Both, on the connected cluster; `folder` holds the quickstart's data in `cron/`."""
+    return {"overhead": overhead(folder, seconds), "early_stops": early_stops(folder, steps)}
 
 
-if __name__ == "__main__":
-    main()
+def table(result: dict[str, Any]) -> str:
+    """The ratios for people."""
+    overhead, early = result["overhead"], result["early_stops"]
+    return (
+        f"{overhead['trials']} trials of {overhead['trained_s'] / overhead['trials']:.0f} s, {overhead['concurrent']} "
+        f"at once: wall time / (training time / concurrency) = {overhead['ratio']:.2f}\n"
+        f"ASHA / grid: best validation loss {early['asha_loss']:.4f} / {early['grid_loss']:.4f} = "
+        f"{early['loss_ratio']:.3f}, steps {early['asha_steps']} / {early['grid_steps']} = {early['steps_ratio']:.2f}"
+    )

@@ -57,7 +57,7 @@ def _usage(arguments: list[str], verb: str | None) -> int:
     if "--version" in arguments:
         _print(f"heliostat {__version__}", sys.stdout)
         return 0
-    table = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
+    table = "\n".join(f"  {name:<14} {command.help}" for name, command in COMMANDS.items())
     _print(
         f"usage: heliostat COMMAND [CONFIG] [key.sub=value ...] [--json]\n\ncommands:\n{table}\n\n"
         "`heliostat COMMAND --help` tells more.",

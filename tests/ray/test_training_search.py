@@ -132,6 +132,11 @@ def test_every_trial_failing_is_an_error_with_the_first_reason(config: Experimen
         searched(with_values(config, {"name": "hopeless", "tune_training.space": {"data.max_length": [4, 5]}}))
 
 
+def test_a_budget_that_ends_before_anything_is_known_says_so(config: ExperimentConfig) -> None:
+    with pytest.raises(TrainingError, match=r"the first error: the budget ended before any trial was evaluated"):
+        searched(with_values(config, {"name": "hurry", "tune_training.time_budget_s": 0.1}))
+
+
 def test_a_killed_trial_starts_again_and_goes_on(config: ExperimentConfig, tmp_path: Path) -> None:
     """The trial's process is ended by a signal in mid-training, as the memory monitor or a fault would."""
     flag = tmp_path / "killed"

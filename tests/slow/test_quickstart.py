@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
+from heliostat import state
 from heliostat.quickstart.schedules import UNSEEN_PHRASE
+from heliostat.registry import versions
 from tests import readme
 from tests.slow import command
 
@@ -29,6 +32,26 @@ def test_quickstart_learns_and_answers() -> None:
     assert len(result["families"]) >= 10
     assert min(result["families"].values()) >= 0.7
     assert command.still_alive(below) == []
+    assert result["decoding"]["kept_greedy"], "nothing beats greedy decoding at telling the one right answer"
+    assert served_defaults(result["model_uri"]) == (False, None), "the endpoint answered by what the search chose"
+    assert served_defaults("models:/cron/1") == (True, 1.0), "what the model was trained with, and is not served"
+    search_again()
+
+
+def served_defaults(reference: str) -> tuple[bool, float | None]:
+    """do_sample and temperature of a version."""
+    config = json.loads((Path(versions.resolve(reference).path) / "generation_config.json").read_text())
+    return config["do_sample"], config.get("temperature")
+
+
+def search_again() -> None:
+    """The README's command finds nothing new for a version that has its settings already."""
+    arguments = readme.commands("Search")[1]
+    folder = state.folder() / "cron"
+    data = [f"data.{split}={folder / split}.jsonl" for split in ("train", "validation", "test")]
+    result = command.run(*arguments, *data, "tune_decoding.num_samples=2")
+    assert (result["version"], result["kept_greedy"]) == (None, True)
+    assert result["trials"] == 3, "greedy decoding, which the version has, and two others"
 
 
 def run_readme_client() -> str:

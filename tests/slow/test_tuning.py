@@ -11,19 +11,19 @@ import pytest
 from heliostat import journal
 from heliostat.quickstart import schedules
 from heliostat.registry import store
+from tests import readme
 from tests.slow import command
 
-CONFIG = str(Path(__file__).parents[2] / "jobs" / "examples" / "cron" / "tune.yaml")
 TRIALS = 8
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The cron example's search with few rows."""
+    """The README's search with few rows."""
     folder = tmp_path_factory.mktemp("tuning")
     schedules.write(folder)
     return [
-        "tune-training", CONFIG, f"data.train={folder}/train.jsonl", f"data.validation={folder}/validation.jsonl",
+        *readme.commands("Search")[0], f"data.train={folder}/train.jsonl", f"data.validation={folder}/validation.jsonl",
         "data.max_train_samples=4000", f"tune_training.num_samples={TRIALS}", "tune_training.max_concurrent_trials=2",
     ]  # fmt: skip
 

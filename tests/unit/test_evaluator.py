@@ -263,7 +263,9 @@ def test_a_prefix_comes_before_a_plain_prompt(untrained: InferenceModel) -> None
     assert found == expected
 
 
-def test_a_prefix_comes_before_the_messages_of_a_chat(untrained: InferenceModel) -> None:
+def test_a_prefix_comes_before_the_messages_of_a_chat_its_examples_before_a_first_question_only(
+    untrained: InferenceModel,
+) -> None:
     own = {"role": "system", "content": "own"}
     earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     question = {"role": "user", "content": "why?"}
@@ -279,7 +281,7 @@ def test_a_prefix_comes_before_the_messages_of_a_chat(untrained: InferenceModel)
     ]
     expected = [
         [{"role": "system", "content": "Be brief."}, *shots, question],
-        [own, *shots, *earlier, question],
+        [own, *earlier, question],
     ]
     texts = [
         untrained.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -36,12 +36,17 @@ class PromptPrefix:
         return "".join(f"{part}\n\n" for part in [*parts, *(prompt + answer for prompt, answer in self.few_shot)])
 
     def messages(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        """The conversation with the prefix before it. Its own system message, if any, wins over the prefix's."""
+        """The conversation with the prefix before it.
+
+        Its own system message, if any, wins over the prefix's; examples come before a first question only, not before a
+        conversation that is under way.
+        """
         own = [message for message in messages[:1] if message["role"] == "system"]
         system = own or ([{"role": "system", "content": self.system_prompt}] if self.system_prompt else [])
+        turns = messages[len(own) :]
         shots = [
             {"role": role, "content": text}
-            for pair in self.few_shot
+            for pair in (self.few_shot if len(turns) == 1 else ())
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-        return [*system, *shots, *messages[len(own) :]]
+        return [*system, *shots, *turns]

@@ -4,7 +4,6 @@ import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -59,7 +58,7 @@ class PromptEncoder:
         Raises:
             InvalidRequest: the template refuses the conversation, or it is longer than any the model takes.
         """
-        whole = self._prefixed(messages)
+        whole = self._prefix.messages(messages)
         self._check_length([message["content"] for message in whole], "messages")
         try:
             return await self._run(lambda: self._render(whole))
@@ -73,11 +72,6 @@ class PromptEncoder:
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _prefixed(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        first_question = [message["role"] for message in messages if message["role"] != "system"] == ["user"]
-        prefix = self._prefix if first_question else replace(self._prefix, few_shot=())
-        return prefix.messages(messages)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

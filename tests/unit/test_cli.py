@@ -64,7 +64,7 @@ def test_help_names_every_command(capsys: Capture) -> None:
         assert cli.main(arguments) == 0
         output = capsys.readouterr()
         for name, found in cli.COMMANDS.items():
-            assert f"  {name:<12} {found.help}" in output.out
+            assert f"  {name:<14} {found.help}" in output.out
         assert output.err == ""
 
 

@@ -136,11 +136,17 @@ def tokens(tmp_path: Path) -> dict[str, Path]:
     return {split: tmp_path / split for split in ("train", "validation")}
 
 
-def planned(tokens: dict[str, Path], tmp_path: Path, **training: Any) -> setup.Plan:
+def planned(tokens: dict[str, Path], tmp_path: Path, evaluations: int = 1, **training: Any) -> setup.Plan:
     chosen = scratch(training=training, data={"packing": False}, seed=9)
     run = runs.open_run(tmp_path / "runs", "x", "hash", "auto")
     run.close()
-    return setup.plan(chosen, run, setup.Source("somewhere", True, tiny.tokenizer()), tokens)
+    return setup.plan(chosen, run, setup.Source("somewhere", True, tiny.tokenizer()), tokens, evaluations)
+
+
+def test_a_trial_is_evaluated_often_enough_to_be_stopped(tokens: dict[str, Path], tmp_path: Path) -> None:
+    often = planned(tokens, tmp_path, 5, per_device_train_batch_size=2, max_steps=12).spec
+    assert often.eval_steps == 3, "at a fifth of the steps or just behind, not just before"
+    assert planned(tokens, tmp_path, 5, per_device_train_batch_size=2, max_steps=12, eval_steps=7).spec.eval_steps == 7
 
 
 def test_steps_follow_from_rows_batch_and_epochs(tokens: dict[str, Path], tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_steps_follow_from_rows_batch_and_epochs(tokens: dict[str, Path], tmp_pa
     plan = planned(tokens, tmp_path, per_device_train_batch_size=64, eval_steps=7)
     assert (plan.spec.total_steps, plan.spec.eval_steps, plan.spec.save_steps) == (1, 7, 7)
     plan = planned(tokens, tmp_path, per_device_train_batch_size=4, max_steps=2, save_steps=3)
-    assert (plan.spec.total_steps, plan.spec.eval_steps, plan.spec.save_steps) == (2, 5, 3)
+    assert (plan.spec.total_steps, plan.spec.eval_steps, plan.spec.save_steps) == (2, 2, 3)
 
 
 def test_the_workers_are_told_what_they_need(tokens: dict[str, Path], tmp_path: Path) -> None:

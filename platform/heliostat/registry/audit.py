@@ -4,7 +4,7 @@ Entry i is the param `promotion.00000i` of one run. MLflow never changes a param
 each key of a run, so logging the next param is a compare-and-swap: of two processes, on whatever machines, one gets the
 place and the other is refused, reads again and decides again. The entries in their order are the truth; the aliases
 `champion` and `previous_champion`, the tags of the versions and the run's artifacts `promotions/*.json` follow from
-them, and whoever was killed before he wrote those has them written by the next.
+them, and what a killed process left unwritten is written by the next.
 
 This needs a store with a database (sqlite, PostgreSQL, MySQL, a server on one), not MLflow's plain files.
 """

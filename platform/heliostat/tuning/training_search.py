@@ -14,7 +14,6 @@ that are over are read out from their journals, and the others go on from their 
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +37,7 @@ from heliostat.tuning.search import Observer, Outcome
 from heliostat.tuning.searcher import PointSearcher
 from heliostat.tuning.space import Point, Space
 from heliostat.tuning.training_report import Trial
-from heliostat.tuning.training_trial import OVER, PROGRESS, TrainingTrial, TrialPlan, with_values
+from heliostat.tuning.training_trial import OVER, PROGRESS, TrainingTrial, TrialPlan, clear, with_values
 
 WHERE = "tune_training"
 NOTES = "trials.jsonl"
@@ -176,6 +175,7 @@ def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, consol
         searched, tuning, where=WHERE, metric=plan.metric, mode=mode, seed=plan.config.seed, note=note, known=known
     )
     inline = training.num_workers == 0
+    finished: list[Trial] = []
     outcomes = search.run(
         TrainingTrial,
         {"plan": plan},
@@ -193,10 +193,24 @@ def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, consol
         # Of several workers Ray Train takes care itself.
         max_failures=training.max_failures if inline else 0,
         folder=plan.folder.parent,
-        observer=Observer(console, searcher, describe=lambda outcome: _line(plan, outcome, mode)),
+        observer=Observer(
+            console,
+            searcher,
+            describe=lambda outcome: _line(plan, outcome, mode),
+            ended=lambda outcome: _keep_best(plan, outcome, finished, mode),
+        ),
         stop=GpuHours(tuning.gpu_hours, _gpus(training)) if tuning.gpu_hours else None,
     )
     return [_trial(plan, outcome, mode) for outcome in outcomes]
+
+
+def _keep_best(plan: TrialPlan, outcome: Outcome, finished: list[Trial], mode: str) -> None:
+    """Of the trials that finished so far, only the best keeps its weights."""
+    if outcome.state == "finished":
+        finished.append(_trial(plan, outcome, mode))
+        best = _best(finished, mode)
+        for trial in finished:
+            clear(plan.run_folder(trial.index, trial.point), keep_weights=trial is best)
 
 
 class GpuHours(tune.Stopper):  # type: ignore[misc]  # Ray has no types
@@ -263,7 +277,7 @@ def _conclude(plan: TrialPlan, trials: list[Trial], mode: str, run: Run) -> None
         errors = [trial.error for trial in trials if trial.error] or ["the budget ended before any trial was evaluated"]
         raise TrainingError(f"none of {len(trials)} trials came to a result; the first error: {errors[0]}")
     for trial in trials:
-        _clear(plan.run_folder(trial.index, trial.point), keep_weights=trial is best)
+        clear(plan.run_folder(trial.index, trial.point), keep_weights=trial is best)
     table = training_report.table(trials, best, plan.metric)
     _log(plan, trials, best, table)
     result = {
@@ -286,11 +300,6 @@ def _best(trials: list[Trial], mode: str) -> Trial | None:
     finished = [trial for trial in usable if trial.state == "finished"] or usable
     sign = 1 if mode == "min" else -1
     return min(finished, key=lambda trial: sign * trial.value, default=None)
-
-
-def _clear(folder: Path, *, keep_weights: bool) -> None:
-    for name in ("checkpoints", "exports", *(() if keep_weights else ("weights", "init"))):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _log(plan: TrialPlan, trials: list[Trial], best: Trial, table: str) -> None:

@@ -6,6 +6,7 @@ its last checkpoint, and of one that is over the journal is read out again.
 """
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,12 @@ def with_values(config: ExperimentConfig, values: Mapping[str, Any]) -> Experime
         ) from None
 
 
+def clear(run_folder: Path, *, keep_weights: bool) -> None:
+    """Delete what a trial that is over needs no more: all but its journal and, if kept, its weights."""
+    for name in ("checkpoints", "exports", *(() if keep_weights else ("weights", "init"))):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+
+
 class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     """Ray Tune's view of a trial; its actor is reused for one trial after another."""
 
@@ -131,7 +138,10 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Stop the training if it still goes on."""
         if self._run is not None and self._goes_on():
             self._run.tell_to_stop()
-        self._join()
+            self._join()
+            # Or else it came to its end in the meantime.
+            if self._run.status == "stopped":
+                clear(self._run.folder, keep_weights=False)
 
     def _goes_on(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

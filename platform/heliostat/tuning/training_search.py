@@ -11,10 +11,11 @@ The folder is all there is to a search: after a killed driver the same command h
 that are over are read out from their journals, and the others go on from their checkpoints.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -69,7 +70,9 @@ def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
             console.print(f"{'going on with' if run.resumed else 'search'} {run.folder}", highlight=False)
             plan = _plan(base, metric, run)
             if run.status == "running":
-                _conclude(plan, _search(plan, searched, mode, concurrent, console), mode, run)
+                with _ended_if_interrupted(plan.parent_run_id):
+                    trials = _search(plan, searched, mode, concurrent, console)
+                _conclude(plan, trials, mode, run)
             result: dict[str, Any] = json.loads((run.folder / RESULTS).read_text())
             trained = _then(config, plan, result, console)
             run.set_status("finished")
@@ -159,6 +162,16 @@ def _plan(base: ExperimentConfig, metric: str, run: Run) -> TrialPlan:
     places = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     environment = {**places, **cluster.TRAIN_ENVIRONMENT, "HELIOSTAT_HOME": str(state.folder())}
     return TrialPlan(base, metric, run.folder / "trials", json.loads(notes.read_text())["run_id"], environment)
+
+
+@contextlib.contextmanager
+def _ended_if_interrupted(run_id: str) -> Iterator[None]:
+    """A search that is left early does not look as if it went on; going on with it ends its run anew."""
+    try:
+        yield
+    except BaseException:
+        tracking.end_run(run_id, "KILLED")
+        raise
 
 
 def _search(plan: TrialPlan, searched: Space, mode: str, concurrent: int, console: Console) -> list[Trial]:

@@ -18,7 +18,8 @@ from heliostat.experiment import ExperimentConfig
 from heliostat.tuning import search, training_search
 
 CONFIG = Path(__file__).parents[1] / "jobs" / "examples" / "cron" / "tune.yaml"
-RATES = [1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+# In no order: to a halving that compares with what came before, a rising grid would look like one gain after the other.
+RATES = [1e-3, 1.6e-2, 2e-3, 1e-4, 8e-3, 2.5e-4, 4e-3, 5e-4]
 
 
 def configured(folder: Path, name: str, steps: int, **tuning: Any) -> ExperimentConfig:

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,12 @@ def require(resources: dict[str, float], count: int, key: str) -> None:
                 f"{key}={count} needs {amount * count:g} {name}, but the cluster has {total.get(name, 0):g}; "
                 f"lower {key}, or join a larger cluster with RAY_ADDRESS"
             )
+
+
+def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Ray resources such as {"CPU": 1, "GPU": 1} as `ray.remote` takes them; what is not named is not reserved."""
+    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": others}
 
 
 def _runtime_env(*, private: bool) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def load(
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         key, value = _parse_override(override)
-        _set(values, key, value, override)
+        set_key(values, key, value, override)
         origins[key] = f"override {override.split('=', 1)[0]}"
     values, origins = _rename_synonyms(model, values, origins, synonyms, notice)
     try:
@@ -139,7 +139,12 @@ def _parse_override(override: str) -> tuple[str, Any]:
         return key, text
 
 
-def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+def set_key(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Set the dotted key in nested values; sections that are missing or null are made.
+
+    Raises:
+        ConfigError: a value stands where the key needs a section; the message quotes `override`.
+    """
     *sections, leaf = key.split(".")
     for section in sections:
         child = values.setdefault(section, {})
@@ -181,7 +186,7 @@ def _rename_synonyms(
             raise ConfigError(
                 f"{where}: `{key}` means `{target}`, which is also given ({origins.get(target)}); keep one"
             )
-        _set(values, target, _pop(values, key), key)
+        set_key(values, target, _pop(values, key), key)
         origins[target] = where
         notice(f"{where}: `{key}` is read as `{target}`")
     return values, origins

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from heliostat.data import formats
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError, ModelError
@@ -131,14 +132,14 @@ def test_examples_and_questions_of_pairs() -> None:
     row = Row({"prompt": "two", "completion": " 2"}, "rows.jsonl:1")
     assert decoding_settings.pair_of(row, PAIRS) == ("two ->", " 2")
     assert decoding_settings.question_of(row, PAIRS) == "two ->"
-    assert decoding_settings.reference_of(row, PAIRS) == " 2"
+    assert formats.reference_of(row, PAIRS) == " 2"
 
 
 def test_examples_and_questions_of_chats() -> None:
     """The last exchange is the example; all before it is the question."""
     row = chat("Be nice.", "hello", "hi", "how are you?", "well")
     assert decoding_settings.pair_of(row, CHATS) == ("how are you?", "well")
-    assert decoding_settings.reference_of(row, CHATS) == "well"
+    assert formats.reference_of(row, CHATS) == "well"
     other = chat("Be rude.", "hello", "hi", "how are you?", "well")
     assert decoding_settings.question_of(row, CHATS) != decoding_settings.question_of(other, CHATS)
     same = chat("Be nice.", "hello", "hi", "how are you?", "badly")

@@ -1,14 +1,11 @@
 """The journal reaches MLflow whole and once: after a killed driver, a repeated step, a server that is away."""
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from heliostat.errors import RegistryError
 from heliostat.journal import NAME as JOURNAL
 from heliostat.registry import figures, store, tracking, versions
 from heliostat.registry.tracking import PROGRESS, Tracker
+from tests.mlflow_server import Server
 
 pytestmark = pytest.mark.usefixtures("module_store")
 
@@ -250,45 +248,6 @@ def test_a_deleted_experiment_is_named(tmp_path: Path) -> None:
 
 def test_credentials_are_not_shown() -> None:
     assert store.shown("at https://me:s3cret@host:5000/x failed") == "at https://host:5000/x failed"
-
-
-class Server:
-    """A real MLflow server on a loopback port, which can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, **quiet}, start_new_session=True, stdout=log, stderr=log
-            )
-
-    def wait(self) -> None:
-        wait_for(self._healthy, 120)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _healthy(self) -> bool:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-            return bool(answer.status == 200)
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -135,9 +135,19 @@ def prompt_of(row: Row, config: DataConfig, chat: ChatTemplate | None) -> tuple[
         *prompt, completion = to_segments(row, config, chat)
         return "".join(segment.text for segment in prompt), completion.text
     segments = _chat_segments(row, config, chat)
+    return "".join(segment.text for segment in segments[:-1]), reference_of(row, config)
+
+
+def reference_of(row: Row, config: DataConfig) -> str:
+    """The reference completion of `prompt_of`, for which no chat template is needed.
+
+    Raises:
+        DataError: as `to_segments`.
+    """
+    if config.format != "chat":
+        return prompt_of(row, config, None)[1]
     messages = parse_messages(row, config)
-    reference = messages[_answers(messages)[-1]].get("content", "")
-    return "".join(segment.text for segment in segments[:-1]), reference
+    return str(messages[last_answer(messages)]["content"])
 
 
 def field_text(row: Row, config: DataConfig, field: str) -> str:
@@ -254,6 +264,11 @@ def _tool_call(call: Any) -> str:
     """An OpenAI tool call as JSON text, as ShareGPT writes function calls."""
     function = call["function"] if isinstance(call, dict) and "function" in call else call
     return json.dumps(function, ensure_ascii=False)
+
+
+def last_answer(messages: Sequence[Message]) -> int:
+    """Index of the last assistant turn that answers something; 0 if there is none."""
+    return max(_answers(messages), default=0)
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:

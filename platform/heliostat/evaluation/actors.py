@@ -96,9 +96,7 @@ class Pool:
     def __init__(self, source: Source, size: int, resources: dict[str, float], device: str) -> None:
         import ray
 
-        others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-        options = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": others}
-        self._actor = ray.remote(EvaluationWorker).options(**options)
+        self._actor = ray.remote(EvaluationWorker).options(**cluster.actor_options(resources))
         self._arguments = (source, device)
         self._deaths = 0
         self._workers: list[Any] = []

@@ -139,7 +139,7 @@ def evaluate(
         return Scores(len(rows), runner.likelihood(rows, data), {}, {}, {}, [], {})
     groups = _groups(rows, config.group_by) if config.group_by else {}
     # Before the work: wrong settings should not cost hours.
-    references = [_reference(row, data) for row in rows]
+    references = [formats.reference_of(row, data) for row in rows]
     chosen = metrics.build(config.metrics, labels=config.labels, judge=config.judge, references=references)
     likelihoods = runner.likelihood(rows, data)
     examples = runner.predict(rows, data, settings, batch_size=config.batch_size, advance=advance)
@@ -290,21 +290,8 @@ def _texts(row: Row, data: DataConfig, template: ChatTemplate | None, prefix: Pr
     if prefix == PromptPrefix():
         return prompt, prompt, reference
     messages = formats.parse_messages(row, data)
-    asked = prefix.messages(messages[: _last_answer(messages)])
+    asked = prefix.messages(messages[: formats.last_answer(messages)])
     return prompt, template.render([dict(message) for message in asked], generation_prompt=True), reference
-
-
-def _reference(row: Row, data: DataConfig) -> str:
-    """The reference of a row, without the model's template."""
-    if data.format != "chat":
-        return formats.prompt_of(row, data, None)[1]
-    messages = formats.parse_messages(row, data)
-    return str(messages[_last_answer(messages)]["content"])
-
-
-def _last_answer(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the last assistant message; 0 if there is none."""
-    return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
 
 
 def _groups(rows: Sequence[Row], column: str) -> dict[str, list[int]]:

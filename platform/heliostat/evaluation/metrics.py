@@ -22,7 +22,6 @@ from heliostat.errors import ConfigError
 from heliostat.evaluation.config import JudgeConfig
 
 Floats = NDArray[np.float64]
-Normal = Callable[[str], str]
 
 MAX_LABELS = 500
 """More different references than that are texts, not labels."""

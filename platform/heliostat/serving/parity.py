@@ -22,6 +22,7 @@ from heliostat.models.base import InferenceModel
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
 from heliostat.serving.sampling import DecodingDefaults, SamplingParams
+from heliostat.serving.served import engine_of
 
 # Tokens generated after each prompt, and the longest prompt: `generate` takes the prompts one by one.
 NEW_TOKENS = 32
@@ -88,13 +89,7 @@ async def _serve(
     loaded: InferenceModel, prompts: Sequence[Sequence[int]], args: EndpointArgs
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The prompts as far as they were used, and the engine's tokens for each."""
-    engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
-        max_batch_tokens=args.max_batch_tokens,
-        cache_tokens=args.cache_tokens,
-        max_batch_requests=args.max_ongoing_requests,
-    )
+    engine = engine_of(loaded, args)
     await engine.start()
     try:
         room = min(PROMPT_TOKENS, engine.max_length - NEW_TOKENS)

@@ -37,13 +37,7 @@ class ServedModel:
             ResourceError: the engine's cache does not fit into memory.
         """
         defaults = DecodingDefaults.of(loaded.model.generation_config)
-        engine = Engine(
-            loaded.model,
-            loaded.tokenizer,
-            max_batch_tokens=args.max_batch_tokens,
-            cache_tokens=args.cache_tokens,
-            max_batch_requests=args.max_ongoing_requests,
-        )
+        engine = engine_of(loaded, args)
         lane = _lane(loaded, args) if defaults.extra else None
         await engine.start()
         if lane is not None:
@@ -94,6 +88,17 @@ class ServedModel:
         if self.lane is not None:
             self.lane.close()
         self.engine.close()
+
+
+def engine_of(loaded: InferenceModel, args: EndpointArgs) -> Engine:
+    """The model's engine with the sizes of `args`, not started."""
+    return Engine(
+        loaded.model,
+        loaded.tokenizer,
+        max_batch_tokens=args.max_batch_tokens,
+        cache_tokens=args.cache_tokens,
+        max_batch_requests=args.max_ongoing_requests,
+    )
 
 
 def _lane(loaded: InferenceModel, args: EndpointArgs) -> Lane:

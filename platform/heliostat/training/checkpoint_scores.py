@@ -43,8 +43,7 @@ class CheckpointScores:
 
     def __enter__(self) -> "CheckpointScores":
         self._rows = splits.load_splits(self._config.data, self._config.seed, ("validation",))["validation"]
-        template = formats.chat_template(self._bundle[0].tokenizer, self._config.data)
-        references = [formats.prompt_of(row, self._config.data, template)[1] for row in self._rows]
+        references = [formats.reference_of(row, self._config.data) for row in self._rows]
         evaluation = self._config.evaluation
         (self._scorer,) = metrics.build(
             [self._metric], labels=evaluation.labels, judge=evaluation.judge, references=references

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat.data import splits
+from heliostat.data import formats, splits
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError
@@ -69,7 +69,7 @@ def prepare(config: ExperimentConfig, reference: str) -> Plan:
     objective.check([goal] if isinstance(goal, str) else list(goal))
     model, manifest = _bundle(reference)
     rows, holdout, notes = _rows(config)
-    references = tuple(decoding_settings.reference_of(row, config.data) for row in (*rows, *holdout))
+    references = tuple(formats.reference_of(row, config.data) for row in (*rows, *holdout))
     task = Task(
         model=model.path, data=config.data, defaults=defaults, shots=_shots(config, space),
         rungs=rungs(len(rows), section.min_prompts, section.reduction_factor), goal=goal,

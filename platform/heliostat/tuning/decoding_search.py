@@ -239,9 +239,7 @@ def _check(outcomes: Sequence[Outcome]) -> None:
 
 def _measure(plan: Plan, jobs: Sequence[tuple[Setting, int]], concurrent: int) -> list[Measured]:
     """Measure (setting, seed) on the held-out rows, side by side where that fits."""
-    resources = plan.config.tune_decoding.resources_per_trial
-    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    options = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": others}
+    options = cluster.actor_options(plan.config.tune_decoding.resources_per_trial)
     count = min(len(jobs), concurrent)
     task, rows = ray.put(plan.task), ray.put(plan.holdout)
     actors = [ray.remote(Generator).options(**options).remote(task) for _ in range(count)]

@@ -153,7 +153,7 @@ def pair_of(row: Row, data: DataConfig) -> Pair:
     if data.format != "chat":
         return formats.prompt_of(row, data, None)
     messages = formats.parse_messages(row, data)
-    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    last = formats.last_answer(messages)
     if not last or messages[last - 1]["role"] != "user":
         raise DataError(f"{row.origin}: has no user's message with an answer, so it cannot be an example (few_shot)")
     return messages[last - 1]["content"], messages[last]["content"]
@@ -164,16 +164,7 @@ def question_of(row: Row, data: DataConfig) -> str:
     if data.format != "chat":
         return formats.prompt_of(row, data, None)[0]
     messages = formats.parse_messages(row, data)
-    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    return json.dumps(messages[:last], ensure_ascii=False)
-
-
-def reference_of(row: Row, data: DataConfig) -> str:
-    """The right answer of a row."""
-    if data.format != "chat":
-        return formats.prompt_of(row, data, None)[1]
-    messages = formats.parse_messages(row, data)
-    return next((str(m["content"]) for m in reversed(messages) if m["role"] == "assistant"), "")
+    return json.dumps(messages[: formats.last_answer(messages)], ensure_ascii=False)
 
 
 def _probes(parameter: Parameter) -> Iterator[Any]:

@@ -47,11 +47,6 @@ class Outcome:
     error: str | None = None
     seconds: float = 0.0
 
-    def best(self, metric: str, mode: str) -> float | None:
-        """The best value of the metric among the results."""
-        values = [float(result[metric]) for result in self.results]
-        return (min(values) if mode == "min" else max(values)) if values else None
-
 
 def scheduler(kind: str, *, time_attr: str, max_t: float, grace_period: float, reduction_factor: float) -> Any:
     """Tune's scheduler: asha (Li et al. 2020, arXiv:1810.05934), median (Golovin et al. 2017) or none."""

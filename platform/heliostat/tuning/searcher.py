@@ -44,7 +44,8 @@ class PointSearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         super().__init__(metric=metric, mode=mode)
         planned = [*known, *(space.grid(where) if config.searcher == "grid" else [])]
         planned = list({fingerprint(point): point for point in planned}.values())
-        self.limit = len(fixed) + (len(planned) if config.searcher == "grid" else config.num_samples)
+        drawn = min(config.num_samples, space.size() or config.num_samples)
+        self.limit = len(fixed) + (len(planned) if config.searcher == "grid" else drawn)
         """The most trials that there will be."""
         self._space = space
         self._note = note

@@ -19,7 +19,7 @@ from ray import tune
 from rich.console import Console
 
 from heliostat import journal
-from heliostat.config import fingerprint
+from heliostat.config import fingerprint, set_key
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.experiment import ExperimentConfig
 from heliostat.training import runs, trainer
@@ -75,12 +75,7 @@ def with_values(config: ExperimentConfig, values: Mapping[str, Any]) -> Experime
     """
     changed = config.model_dump()
     for key, value in values.items():
-        *sections, leaf = key.split(".")
-        place = changed
-        for section in sections:
-            place[section] = place[section] or {}
-            place = place[section]
-        place[leaf] = value
+        set_key(changed, key, value, f"{key}={value}")
     try:
         return ExperimentConfig.model_validate(changed)
     except ValidationError as error:

@@ -63,6 +63,7 @@ class RequestLine:
     ttft_ms: float | None = None
     resumed: int | None = None
     """Times that it went on in another replica."""
+    trace_id: str | None = None
     error: str | None = None
     """The `code` or `type` of the error; never its message."""
 

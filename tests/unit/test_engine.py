@@ -25,12 +25,16 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return base.load_for_inference(str(tiny.write_model(tmp_path_factory.mktemp("model"), request.param)))
 
 
+def sized(loaded: Loaded, **sizes: int) -> Engine:
+    options = {"max_batch_tokens": 64, "cache_tokens": 2048, "max_batch_requests": 8, "max_queued_tokens": 10**6}
+    return Engine(loaded.model, loaded.tokenizer, **{**options, **sizes})
+
+
 def run(loaded: Loaded, test: Callable[[Engine], Awaitable[None]], **sizes: int) -> None:
     """Run `test` with a started engine, and see that it leaves nothing behind."""
 
     async def body() -> None:
-        options = {"max_batch_tokens": 64, "cache_tokens": 2048, "max_batch_requests": 8, **sizes}
-        engine = Engine(loaded.model, loaded.tokenizer, **options)
+        engine = sized(loaded, **sizes)
         await engine.start()
         try:
             await test(engine)
@@ -256,10 +260,10 @@ def test_a_request_longer_than_the_cache_is_refused(loaded: Loaded) -> None:
 
 def test_sizes_that_cannot_be_are_named(loaded: Loaded) -> None:
     with pytest.raises(ResourceError, match=r"serving\.cache_tokens"):
-        Engine(loaded.model, loaded.tokenizer, max_batch_tokens=64, cache_tokens=8, max_batch_requests=8)
+        sized(loaded, cache_tokens=8)
 
     async def huge() -> None:
-        engine = Engine(loaded.model, loaded.tokenizer, max_batch_tokens=64, cache_tokens=10**12, max_batch_requests=8)
+        engine = sized(loaded, cache_tokens=10**12)
         await engine.start()
 
     with pytest.raises(ResourceError, match=r"serving\.cache_tokens"):
@@ -271,6 +275,6 @@ def test_a_model_that_cannot_run_is_found_at_the_start(loaded: Loaded, monkeypat
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(loaded.model, "forward", broken)
-    engine = Engine(loaded.model, loaded.tokenizer, max_batch_tokens=64, cache_tokens=2048, max_batch_requests=8)
+    engine = sized(loaded, cache_tokens=2048)
     with pytest.raises(ModelError, match="no kernel"):
         asyncio.run(engine.start())

@@ -20,9 +20,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from heliostat.errors import ModelError
 from heliostat.evaluation.generate import left_padded
+from heliostat.serving.calls import Delta
 from heliostat.serving.engine import EngineFailed, token_ids
 from heliostat.serving.sampling import SamplingParams
-from heliostat.serving.text import Completion, Delta
+from heliostat.serving.text import Completion
 
 logger = logging.getLogger(__name__)
 

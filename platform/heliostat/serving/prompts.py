@@ -26,6 +26,7 @@ class PromptEncoder:
         """
         self._prefix = prefix or PromptPrefix()
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._decoder = tokenizer
         self._leading = leading_bos(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._max_characters = max_length * max(len(token) for token in tokenizer.get_vocab())
@@ -68,6 +69,11 @@ class PromptEncoder:
             raise InvalidRequest(
                 f"the model's chat template does not take these messages (roles: {roles})", "messages"
             ) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a prompt's tokens, special ones by their names."""
+        text: str = self._decoder.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def close(self) -> None:
         """End the thread."""

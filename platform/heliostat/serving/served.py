@@ -10,12 +10,12 @@ from typing import Self
 
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models.base import InferenceModel
+from heliostat.serving.calls import Delta
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
 from heliostat.serving.lane import Lane
 from heliostat.serving.prompts import PromptEncoder
 from heliostat.serving.sampling import DecodingDefaults, SamplingParams
-from heliostat.serving.text import Delta
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def engine_of(loaded: InferenceModel, args: EndpointArgs) -> Engine:
         max_batch_tokens=args.max_batch_tokens,
         cache_tokens=args.cache_tokens,
         max_batch_requests=args.max_ongoing_requests,
+        max_queued_tokens=args.max_queued_tokens,
     )
 
 

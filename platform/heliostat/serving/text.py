@@ -1,9 +1,11 @@
 """Tokens to text, piece by piece, until a stop string. Knows tokenizers, not models or HTTP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+from heliostat.serving.calls import Delta, FinishReason, TokenLogprob
+from heliostat.serving.sampler import Record
 from heliostat.serving.sampling import SamplingParams
 
 # Tokens of the prompt that decoding starts from: enough for any character or word boundary that spans the border.
@@ -11,19 +13,6 @@ _CONTEXT_TOKENS = 8
 _INCOMPLETE = "\ufffd"
 # A character has at most 4 bytes: bytes that are still none after this many tokens are garbage, and given out as such.
 _LONGEST_WAIT = 32
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to a generation; `finish_reason` is set on the last one only."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    """Tokens generated so far, the end-of-sequence token included."""
-    finish_reason: FinishReason | None = None
 
 
 class Detokenizer:
@@ -82,28 +71,64 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
 
 
+class TokenTexts:
+    """The text of each token by itself, for log-probabilities. Bytes that are no character by themselves are U+FFFD."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # Some tokenizers drop the space that a text begins with, so each token is decoded behind another.
+        self._before = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+        self._skip = len(self._decode(self._before))
+        self._known: dict[int, str] = {}
+
+    def of(self, token_id: int) -> str:
+        """The text of one token; its name, if it is a special one."""
+        if token_id not in self._known:
+            self._known[token_id] = self._decode([*self._before, token_id])[self._skip :]
+        return self._known[token_id]
+
+    def logprob(self, record: Record) -> TokenLogprob:
+        """A record of the sampler, with texts."""
+        top = tuple((token, self.of(token), logprob) for token, logprob in record.top)
+        return TokenLogprob(record.token_id, self.of(record.token_id), record.logprob, top)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
 class Completion:
     """Turns the tokens of one request into deltas, and decides where it ends."""
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], params: SamplingParams, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        ends: frozenset[int],
+        emitted: Sequence[int] = (),
+    ) -> None:
+        """`ends`: tokens that end a completion. `emitted`: tokens whose deltas have been given out already."""
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._stops = StopStrings(params.stop)
         self._max_tokens = params.max_tokens
-        self._eos = eos
+        self._ends = ends
         self._prompt_tokens = len(prompt_ids)
         self._tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.extend(emitted)
 
-    def extend(self, token_ids: Sequence[int]) -> Delta:
+    def extend(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Delta:
         """The delta of `token_ids`, up to the one that ends the completion."""
         pieces: list[str] = []
         used: list[int] = []
         for token in token_ids:
-            used.append(token)
-            pieces.append(self._add(token))
             if self.finish_reason:
                 break
-        return Delta("".join(pieces), tuple(used), self._prompt_tokens, self._tokens, self.finish_reason)
+            used.append(token)
+            pieces.append(self._add(token))
+        shown = tuple(logprobs[: len(used)])
+        return Delta("".join(pieces), tuple(used), self._prompt_tokens, self._tokens, self.finish_reason, shown)
 
     def finish(self, token_ids: Sequence[int]) -> Delta:
         """The delta of a completion that is over with `token_ids`, though none of them may say why."""
@@ -115,7 +140,7 @@ class Completion:
 
     def _add(self, token: int) -> str:
         self._tokens += 1
-        if token in self._eos:
+        if token in self._ends:
             self.finish_reason = "stop"
             return self._stops.flush()
         text, stopped = self._stops.push(self._detokenizer.push(token))

@@ -191,6 +191,18 @@ def test_prometheus_takes_the_rules(promtool: str) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+def test_prometheus_takes_the_documented_scrape_configs(promtool: str, tmp_path: Path) -> None:
+    text = (FOLDER.parents[1] / "docs" / "observability.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        file = tmp_path / "prometheus.yml"
+        file.write_text(block)
+        command = [promtool, "check", "config", "--syntax-only", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + done.stdout
+
+
 def fires(promtool: str, folder: Path, series: dict[str, str], expected: set[str]) -> None:
     """Let Prometheus evaluate all rules on the series: exactly the expected alerts fire."""
     queries = [

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -230,6 +231,15 @@ def test_the_table_keeps_prometheus_rules() -> None:
         # Ray refuses other bounds, and these labels are Ray's or Prometheus' own.
         assert all(bound > 0 for bound in family.buckets)
         assert not {"le", "WorkerId", "NodeAddress", "job", "instance"} & set(family.labels)
+
+
+def test_the_documentation_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "observability.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{metrics.PREFIX}{name}` | {family.kind} | {', '.join(family.labels)} | {family.help} |"
+        for name, family in FAMILIES.items()
+    ]
+    assert [line for line in text.splitlines() if line.startswith(f"| `{metrics.PREFIX}")] == rows
 
 
 OTEL = 'otel_scope_name="a.b",otel_scope_schema_url="",otel_scope_version=""'

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,9 @@ from transformers import GenerationConfig
 
 from heliostat.errors import ModelError
 from heliostat.models import base
-from heliostat.serving import lane as lane_module
-from heliostat.serving.engine import Engine, EngineFailed, token_ids
+from heliostat.serving.engine import Engine, EngineFailed, Overloaded, token_ids
 from heliostat.serving.lane import Lane
-from heliostat.serving.sampling import SamplingParams
+from heliostat.serving.sampling import DecodingDefaults, SamplingParams
 from tests import tiny
 
 Loaded = base.InferenceModel
@@ -47,8 +47,12 @@ def run(loaded: Loaded, test: Callable[[Watched], Awaitable[None]], **sizes: int
     """Run `test` with a started lane, and see that it leaves nothing behind."""
 
     async def body() -> None:
-        lane = Watched(loaded.model, loaded.tokenizer, **{"max_sequences": 8, "max_batch_tokens": 4096, **sizes})
-        await lane.start([SamplingParams(1, extra={"repetition_penalty": 1.2})])
+        lane = Watched(
+            loaded.model,
+            loaded.tokenizer,
+            **{"max_sequences": 8, "max_batch_tokens": 4096, "max_queued_tokens": 10**6, **sizes},
+        )
+        await lane.start([SamplingParams(1, repetition_penalty=1.2)])
         try:
             await test(lane)
             assert lane.in_flight == 0
@@ -80,6 +84,11 @@ def alone(loaded: Loaded, prompt: Sequence[int], max_tokens: int, **settings: An
 def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(2, 260) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+def asked(limit: int, **settings: Any) -> SamplingParams:
+    """The request that asks for what a generation config with `settings` says."""
+    return DecodingDefaults.of(GenerationConfig(**settings)).params(limit)
 
 
 def before_each_step(lane: Lane, call: Callable[[], Any]) -> None:
@@ -126,7 +135,7 @@ def test_a_batch_gives_each_request_what_generate_gives_it_alone(
     assert expected != [alone(loaded, prompt, 24) for prompt in given], "the setting changes something"
 
     async def test(lane: Watched) -> None:
-        jobs = [tokens(lane, prompt, SamplingParams(24, extra=extra)) for prompt in given]
+        jobs = [tokens(lane, prompt, asked(24, **extra)) for prompt in given]
         assert await asyncio.gather(*jobs) == expected
 
     run(loaded, test)
@@ -138,8 +147,8 @@ def test_a_batch_gives_each_request_what_generate_gives_it_alone(
     ids=lambda e: "-".join(e),
 )
 def test_sampling_draws_what_generate_draws(loaded: Loaded, extra: dict[str, Any]) -> None:
-    params = SamplingParams(30, temperature=1.5, top_k=60, top_p=0.98, extra=extra)
     settings = {"do_sample": True, "temperature": 1.5, "top_k": 60, "top_p": 0.98, **extra}
+    params = asked(30, **settings)
 
     async def test(lane: Watched) -> None:
         for seed, prompt in enumerate(prompts(4, 30, seed=2)):
@@ -160,7 +169,7 @@ def test_the_bundles_own_settings_are_not_added_to_those_of_a_request(
     monkeypatch.setattr(loaded.model, "generation_config", tuned)
 
     async def test(lane: Watched) -> None:
-        assert await tokens(lane, [5, 6, 7], SamplingParams(20, extra={"repetition_penalty": 1.4})) == expected
+        assert await tokens(lane, [5, 6, 7], SamplingParams(20, repetition_penalty=1.4)) == expected
         assert loaded.model.generation_config is tuned
 
     run(loaded, test)
@@ -169,9 +178,9 @@ def test_the_bundles_own_settings_are_not_added_to_those_of_a_request(
 def test_batches_are_of_one_kind_and_within_their_bounds(loaded: Loaded) -> None:
     kinds = [
         SamplingParams(6, extra=BEAMS),
-        SamplingParams(6, extra={"repetition_penalty": 1.2}),
-        SamplingParams(5, extra={"repetition_penalty": 1.2}),
-        SamplingParams(6, stop=("x",), extra={"repetition_penalty": 1.2}),
+        SamplingParams(6, repetition_penalty=1.2),
+        SamplingParams(5, repetition_penalty=1.2),
+        SamplingParams(6, stop=("x",), repetition_penalty=1.2),
     ]
     # The first token of a prompt is its kind.
     jobs = [(kind, [10 + kind] * length) for length in range(1, 11) for kind in range(len(kinds))]
@@ -216,13 +225,13 @@ def test_deltas_count_and_say_why_they_end(loaded: Loaded, extra: dict[str, Any]
     async def test(lane: Watched) -> None:
         stopped = 0
         for prompt in prompts(5, 20, seed=4):
-            delta = await whole(lane, prompt, SamplingParams(40, extra=extra))
+            delta = await whole(lane, prompt, asked(40, **extra))
             expected = alone(loaded, prompt, 40, **extra)
             assert delta.token_ids == tuple(expected)
             assert (delta.prompt_tokens, delta.completion_tokens) == (len(prompt), len(expected))
             assert delta.finish_reason == ("length" if len(expected) == 40 and expected[-1] != 0 else "stop")
             stop = delta.text[len(delta.text) // 2 :][:2]
-            cut = await whole(lane, prompt, SamplingParams(40, stop=(stop, "never there"), extra=extra))
+            cut = await whole(lane, prompt, replace(asked(40, **extra), stop=(stop, "never there")))
             if extra is BEAMS:  # a stop string ends a beam, so another may win
                 assert stop not in cut.text
             else:
@@ -239,12 +248,12 @@ def test_a_stop_string_ends_generation_and_not_only_its_text(loaded: Loaded) -> 
 
     async def test(lane: Watched) -> None:
         before_each_step(lane, lambda: steps.append(1))
-        params = SamplingParams(60, extra={"repetition_penalty": 1.2})
+        params = SamplingParams(60, repetition_penalty=1.2)
         (whole,) = [delta async for delta in lane.generate([9, 8], params)]
         assert len(steps) == whole.completion_tokens
         steps.clear()
         stop = whole.text[3:6]
-        stopping = SamplingParams(60, stop=(stop,), extra={"repetition_penalty": 1.2})
+        stopping = SamplingParams(60, stop=(stop,), repetition_penalty=1.2)
         (cut,) = [delta async for delta in lane.generate([9, 8], stopping)]
         assert len(steps) == cut.completion_tokens < whole.completion_tokens
 
@@ -253,12 +262,12 @@ def test_a_stop_string_ends_generation_and_not_only_its_text(loaded: Loaded) -> 
 
 def test_a_stop_string_that_begins_in_the_prompt_is_none(loaded: Loaded) -> None:
     async def test(lane: Watched) -> None:
-        params = SamplingParams(20, extra={"repetition_penalty": 1.2})
+        params = SamplingParams(20, repetition_penalty=1.2)
         prompt = loaded.tokenizer("the red", add_special_tokens=False)["input_ids"]
         (whole,) = [delta async for delta in lane.generate(prompt, params)]
         spanning = "red" + whole.text[:2]
         assert spanning not in whole.text
-        stopping = SamplingParams(20, stop=(spanning,), extra={"repetition_penalty": 1.2})
+        stopping = SamplingParams(20, stop=(spanning,), repetition_penalty=1.2)
         assert [delta async for delta in lane.generate(prompt, stopping)] == [whole]
 
     run(loaded, test)
@@ -297,21 +306,21 @@ def test_a_batch_that_nobody_waits_for_ends(loaded: Loaded, extra: dict[str, Any
 
         before_each_step(lane, step)
         never_ends = {**extra, "suppress_tokens": [0]}
-        jobs = [asyncio.create_task(tokens(lane, [i], SamplingParams(100, extra=never_ends))) for i in (10, 11)]
+        jobs = [asyncio.create_task(tokens(lane, [i], asked(100, **never_ends))) for i in (10, 11)]
         await until(lambda: len(steps) == 3)
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         assert lane.in_flight == 0
         go_on.set()
-        assert await tokens(lane, [7], SamplingParams(1, extra=extra)) == alone(loaded, [7], 1, **extra)
+        assert await tokens(lane, [7], asked(1, **extra)) == alone(loaded, [7], 1, **extra)
         assert len(steps) <= 5
 
     run(loaded, test)
 
 
 def test_a_request_that_fails_fails_alone(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
-    params = SamplingParams(12, extra={"repetition_penalty": 1.3})
+    params = SamplingParams(12, repetition_penalty=1.3)
     poison = 333
     given = [[5, 6, poison], *prompts(6, 30, seed=5)]
     expected = [alone(loaded, prompt, 12, repetition_penalty=1.3) for prompt in given[1:]]
@@ -336,7 +345,7 @@ def test_a_request_that_fails_fails_alone(loaded: Loaded, caplog: pytest.LogCapt
 
 
 def test_when_the_model_no_longer_runs_all_fail_and_the_lane_says_so(loaded: Loaded) -> None:
-    params = SamplingParams(12, extra={"repetition_penalty": 1.3})
+    params = SamplingParams(12, repetition_penalty=1.3)
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("device error")
@@ -354,7 +363,7 @@ def test_when_the_model_no_longer_runs_all_fail_and_the_lane_says_so(loaded: Loa
 
 
 def test_closing_fails_what_is_in_flight(loaded: Loaded) -> None:
-    params = SamplingParams(100, extra={"repetition_penalty": 1.2, "suppress_tokens": [0]})
+    params = SamplingParams(100, repetition_penalty=1.2, extra={"suppress_tokens": [0]})
 
     async def test(lane: Watched) -> None:
         stepping = threading.Event()
@@ -370,28 +379,27 @@ def test_closing_fails_what_is_in_flight(loaded: Loaded) -> None:
     run(loaded, test)
 
 
-def test_only_so_many_requests_may_wait(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "MAX_WAITING", 3)
-    params = SamplingParams(4, extra={"repetition_penalty": 1.2})
+def test_only_so_much_may_wait(loaded: Loaded) -> None:
+    params = SamplingParams(4)
 
     async def test(lane: Watched) -> None:
         lane.may_start.clear()
-        first = asyncio.create_task(tokens(lane, [99], params))
+        # 100 tokens fit at once, and 12 may wait: the first, and two of 6.
+        first = asyncio.create_task(tokens(lane, [99] * 96, params))
         await until(lambda: bool(lane._running))
-        jobs = [asyncio.create_task(tokens(lane, [index], params)) for index in range(10, 15)]
-        await until(lambda: sum(job.done() for job in jobs) == 2)
+        jobs = [asyncio.create_task(tokens(lane, [index, 9], params)) for index in range(10, 15)]
+        await until(lambda: sum(job.done() for job in jobs) == 3)
         lane.may_start.set()
         results = await asyncio.gather(first, *jobs, return_exceptions=True)
-        assert [type(result) for result in results] == [list] * 4 + [EngineFailed] * 2
+        assert [type(result) for result in results] == [list] * 3 + [Overloaded] * 3
+        assert len(await tokens(lane, [5] * 100, params)) == 4, "alone, any is taken"
 
-    run(loaded, test)
+    run(loaded, test, max_batch_tokens=100, max_queued_tokens=12)
 
 
-@pytest.mark.parametrize(
-    "extra", [{"repetition_penalty": -1.0}, {"bad_words_ids": "x"}, {"num_beams": 2, "early_stopping": "perhaps"}]
-)
+@pytest.mark.parametrize("extra", [{"bad_words_ids": "x"}, {"exponential_decay_length_penalty": "never"}])
 def test_settings_that_generate_refuses_are_found_at_the_start(loaded: Loaded, extra: dict[str, Any]) -> None:
-    lane = Lane(loaded.model, loaded.tokenizer, max_sequences=4, max_batch_tokens=100)
+    lane = Lane(loaded.model, loaded.tokenizer, max_sequences=4, max_batch_tokens=100, max_queued_tokens=100)
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         asyncio.run(lane.start([SamplingParams(1, extra=extra)]))
     assert not lane.healthy
@@ -401,14 +409,21 @@ def test_settings_that_generate_refuses_are_found_at_the_start(loaded: Loaded, e
 def test_the_engine_at_work_changes_nothing_and_the_weights_are_shared(loaded: Loaded) -> None:
     """Both threads run forward passes of one model at the same time."""
     given = prompts(8, 40, seed=7)
-    params = SamplingParams(24, extra={"repetition_penalty": 1.3})
+    params = SamplingParams(24, repetition_penalty=1.3)
     expected = [alone(loaded, prompt, 24, repetition_penalty=1.3) for prompt in given]
     greedy = [alone(loaded, prompt, 24) for prompt in given]
 
     async def test(lane: Watched) -> None:
         own = {parameter.data_ptr() for parameter in lane._model.parameters()}
         assert own == {parameter.data_ptr() for parameter in loaded.model.parameters()}
-        engine = Engine(loaded.model, loaded.tokenizer, max_batch_tokens=64, cache_tokens=2048, max_batch_requests=8)
+        engine = Engine(
+            loaded.model,
+            loaded.tokenizer,
+            max_batch_tokens=64,
+            cache_tokens=2048,
+            max_batch_requests=8,
+            max_queued_tokens=10**6,
+        )
         await engine.start()
         try:
             for _ in range(3):

@@ -1,7 +1,10 @@
 """The endpoint's engine is compared with `generate`: equal for sound bundles, refused where the engine goes wrong."""
 
+import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from heliostat.models.config import ModelConfig
 from heliostat.serving import parity
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
+from heliostat.serving.sampling import SamplingParams
+from heliostat.serving.served import TEXTS, ServedModel
 from tests import tiny
 from tests.bundles import write_bundle
 
@@ -50,27 +55,63 @@ def test_sampling_settings_do_not_disturb_the_comparison(folder: Path, monkeypat
     parity.check(folder, prompts(4), SMALL)
 
 
-def test_an_engine_that_sees_other_weights_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's model is disturbed while it serves, and whole again for `generate`."""
-    start, close = Engine.start, Engine.close
-
-    def disturb(engine: Engine) -> None:
-        with torch.no_grad():
-            for parameter in engine._model.get_output_embeddings().parameters():
-                parameter.mul_(-1)
+@pytest.fixture
+def wrong_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's model takes every token for the first one; that of `generate` is sound."""
+    start = Engine.start
 
     async def start_disturbed(engine: Engine) -> None:
-        disturb(engine)
+        forward = engine._model.forward
+
+        def wrong(*args: Any, position_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return forward(*args, position_ids=torch.zeros_like(position_ids), **kwargs)
+
+        engine._model.forward = wrong
         await start(engine)
 
-    def close_repaired(engine: Engine) -> None:
-        close(engine)
-        disturb(engine)
-
     monkeypatch.setattr(Engine, "start", start_disturbed)
-    monkeypatch.setattr(Engine, "close", close_repaired)
-    with pytest.raises(GateRefused, match=r"prompt 1 of 3 differs after \d+ equal tokens of \d+"):
-        parity.check(folder, prompts(3), SMALL)
+
+
+@pytest.mark.usefixtures("wrong_positions")
+def test_an_engine_that_goes_wrong_is_refused(folder: Path) -> None:
+    with pytest.raises(GateRefused, match=rf"{folder}: .* prompt 1 of 3 differs after \d+ equal tokens of \d+"):
+        parity.check(folder, [prompt for prompt in prompts(20) if len(prompt) > 5][:3], SMALL)
+
+
+def serve(folder: Path, test: Callable[[ServedModel], Awaitable[None]]) -> None:
+    async def body() -> None:
+        served = await ServedModel.start(base.load_for_inference(str(folder)), "tiny", SMALL)
+        try:
+            await test(served)
+        finally:
+            served.close()
+
+    asyncio.run(body())
+
+
+def test_a_running_model_is_checked_with_its_own_prompts_while_it_works(folder: Path, tmp_path: Path) -> None:
+    async def test(served: ServedModel) -> None:
+        busy = served.generate([7, 8, 9], SamplingParams(90))
+        await anext(busy)
+        await parity.check_served(served)
+        await busy.aclose()
+        texts = [served.prompts.decode(ids) for ids in served.check_prompts]
+        assert texts == expected
+
+    expected = list(TEXTS)
+    serve(folder, test)
+    expected = ["the red cat", "at 3 o'clock"]
+    serve(write_bundle(tmp_path / "own", check_prompts=expected), test)
+
+
+@pytest.mark.usefixtures("wrong_positions")
+def test_a_running_model_that_goes_wrong_is_refused(folder: Path) -> None:
+    async def test(served: ServedModel) -> None:
+        with pytest.raises(GateRefused, match=r"tiny: .* of 8 differs"):
+            await parity.check_served(served)
+        assert served.healthy
+
+    serve(folder, test)
 
 
 def test_what_the_endpoint_cannot_decode_is_told(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Batched `model.generate()` for what continuous batching cannot do: beams, penalties, min_p. Knows no HTTP or Ray.
+"""Batched `model.generate()` for what continuous batching cannot do: beams, n-grams, typical_p; and scores of prompts.
 
-A thread of its own takes the requests that wait, as many of the same settings as fit into one batch, and generates for
-them together. A completion comes in one piece when its batch is done: this lane does not stream token by token. The
-weights are those of the engine, which may take a step at the same time.
+A thread of its own takes the requests that wait, as many of the same settings as fit into one batch, and works on them
+together. A completion comes in one piece when its batch is done: this lane does not stream token by token. The
+weights are those of the engine, which may take a step at the same time. Knows no HTTP or Ray.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,44 +20,64 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from heliostat.errors import ModelError
 from heliostat.evaluation.generate import left_padded
+from heliostat.serving.admission import Admission
 from heliostat.serving.calls import Delta
 from heliostat.serving.engine import EngineFailed, token_ids
+from heliostat.serving.sampler import Record
 from heliostat.serving.sampling import SamplingParams
+from heliostat.serving.scoring import Scoring, score
 from heliostat.serving.text import Completion
 
 logger = logging.getLogger(__name__)
 
 # Seconds that an incomplete batch waits for more requests: a fraction of one generation, many times a burst.
 WINDOW_S = 0.01
-# Completions that may wait. More than those of one HTTP request, so that a single one is never too large.
-MAX_WAITING = 1024
 # Settings that count tokens or n-grams of the padded prompt; with them, only prompts of one length share a batch.
-_SEES_PADDING = frozenset({"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"})
+_SEES_PADDING = frozenset({"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"})
+# Colder than this is greedy in effect, and scores divided by less are no numbers any more.
+_COLDEST = 1e-5
+Task = SamplingParams | Scoring
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request in the lane; `tokens` gets what was generated, or the error."""
+    """A request in the lane; `result` gets its completions' tokens or its prompt's records, or the error."""
 
     prompt_ids: list[int]
-    params: SamplingParams
-    tokens: "Future[list[int]]" = field(default_factory=Future)
+    task: Task
+    result: "Future[Any]" = field(default_factory=Future)
     gone: bool = False
     """Nobody waits for the answer any more."""
 
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that it takes."""
+        return 1 if isinstance(self.task, Scoring) else int(self.task.extra.get("num_beams", 1))
+
+    def tokens(self, prompt_tokens: int) -> int:
+        """Tokens of its rows at their longest, in a batch whose prompts have so many."""
+        return self.rows * (prompt_tokens + (0 if isinstance(self.task, Scoring) else self.task.max_tokens))
+
     def shares_batch(self, other: "_Request") -> bool:
-        """Whether both can be generated for in one call, and each get what it would get alone."""
-        if self.params != other.params:
+        """Whether both can be worked on in one call, and each get what it would get alone."""
+        if self.task != other.task:
             return False
-        return not (self.params.extra.keys() & _SEES_PADDING) or len(self.prompt_ids) == len(other.prompt_ids)
+        if isinstance(self.task, Scoring):
+            return True
+        if self.task.seed is not None and self.task.temperature > 0:
+            return False
+        return not (self.task.extra.keys() & _SEES_PADDING) or len(self.prompt_ids) == len(other.prompt_ids)
 
 
 class Lane:
     """Batches of `generate()` on one model. Construct, `await start(...)`, then `generate` from one event loop."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_sequences: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_sequences: int, max_batch_tokens: int, max_queued_tokens: int
+    ) -> None:
         """`max_sequences` bounds the rows of a batch, which are its requests times their beams; `max_batch_tokens` the
         tokens of all rows at their longest, which is what their KV cache holds. A single request is always taken.
+        `max_queued_tokens` bounds those of the requests that wait.
         """
         given = model.generation_config
         self._eos = token_ids(given.eos_token_id)
@@ -74,6 +94,7 @@ class Lane:
         self._max_batch_tokens = max_batch_tokens
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
+        self._admission = Admission(max_batch_tokens, max_sequences, max_queued_tokens)
         self._in_flight = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -81,12 +102,12 @@ class Lane:
         self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
 
     async def start(self, trials: Sequence[SamplingParams]) -> None:
-        """Prove that the model decodes with each of `trials`, then start the thread.
+        """Prove that the model decodes with each of `trials`, or greedily without any, then start the thread.
 
         Raises:
             ModelError: it does not; the message is transformers' own.
         """
-        self._trials = list(trials)
+        self._trials = list(trials) or [SamplingParams(1)]
         try:
             await asyncio.to_thread(self._try_out)
         except Exception as error:
@@ -103,25 +124,47 @@ class Lane:
         """Requests that are waiting or being generated."""
         return self._in_flight
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta]:
+    @property
+    def running(self) -> int:
+        """Requests of the batch that is being worked on."""
+        return min(len(self._running), self._in_flight)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, emitted: Sequence[int] = ()
+    ) -> AsyncGenerator[Delta]:
         """Generate from `prompt_ids`, which `Engine.check` takes; yields one delta, the whole completion.
 
-        Closing the iterator early, or cancelling the task that reads it, removes a request that waits; a batch that is
-        being generated ends when nobody waits for any of it.
+        `emitted` is a beginning that was given out elsewhere, as in `Engine.generate`; the same seed then gives other
+        tokens than an unbroken generation. Closing the iterator early, or cancelling the task that reads it, removes a
+        request that waits; a batch that is being generated ends when nobody waits for any of it.
 
         Raises:
-            EngineFailed: too many requests wait, the lane is down, or it failed on this request.
+            Overloaded: too many requests wait.
+            EngineFailed: the lane is down, or it failed on this request.
         """
-        request = _Request(list(prompt_ids), params)
-        completion = Completion(self._tokenizer, prompt_ids, params, self._eos)
-        self._submit(request)
-        self._in_flight += 1
-        try:
-            tokens = await asyncio.wrap_future(request.tokens)
-        finally:
-            self._in_flight -= 1
-            self._forget(request)
+        completion = Completion(self._tokenizer, prompt_ids, params, self._ends(params), emitted)
+        if completion.finish_reason is not None:
+            yield completion.extend(())
+            return
+        task = replace(
+            params,
+            max_tokens=params.max_tokens - len(emitted),
+            min_tokens=max(0, params.min_tokens - len(emitted)),
+            sequences=1,
+        )
+        (tokens,) = await self._answer(_Request([*prompt_ids, *emitted], task))
         yield completion.finish(tokens)
+
+    async def generate_many(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[Delta]:
+        """The `params.sequences` best beams, best first, each as one delta; raises as `generate` does."""
+        found = await self._answer(_Request(list(prompt_ids), params))
+        ends = self._ends(params)
+        return [Completion(self._tokenizer, prompt_ids, params, ends).finish(tokens) for tokens in found]
+
+    async def score(self, prompt_ids: Sequence[int], top: int) -> list[Record | None]:
+        """See `scoring.score`; raises as `generate` does."""
+        records: list[Record | None] = await self._answer(_Request(list(prompt_ids), Scoring(top)))
+        return records
 
     def close(self) -> None:
         """Stop the thread after the step it is in; requests in flight fail. May be called twice."""
@@ -131,22 +174,34 @@ class Lane:
         if self._thread.is_alive():
             self._thread.join(timeout=30)
 
+    async def _answer(self, request: _Request) -> Any:
+        self._admission.enter(request, request.tokens(len(request.prompt_ids)))
+        self._in_flight += 1
+        try:
+            self._submit(request)
+            return await asyncio.wrap_future(request.result)
+        finally:
+            self._in_flight -= 1
+            self._forget(request)
+
     def _submit(self, request: _Request) -> None:
         # Cancelling the task that waits must not end the future too: `_forget` is what takes the request away.
-        request.tokens.set_running_or_notify_cancel()
+        request.result.set_running_or_notify_cancel()
         with self._changed:
             if not self.healthy:
                 raise EngineFailed("the endpoint is restarting; send the request again")
-            if len(self._waiting) >= MAX_WAITING:
-                raise EngineFailed("too many requests are waiting; send the request again later")
             self._waiting.append(request)
             self._changed.notify_all()
 
     def _forget(self, request: _Request) -> None:
         request.gone = True
+        self._admission.leave(request)
         with self._changed:
             if request in self._waiting:
                 self._waiting.remove(request)
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        return self._eos.union(params.stop_token_ids)
 
     def _run(self) -> None:
         """The body of the thread: batch after batch until `close`, or until the model no longer runs at all."""
@@ -181,14 +236,12 @@ class Lane:
     def _oldest_batch(self) -> list[_Request]:
         """The oldest request, and all younger ones that fit into its batch."""
         oldest = self._waiting[0]
-        rows_each = oldest.params.extra.get("num_beams", 1)
         batch: list[_Request] = []
         longest = 0
         for request in self._waiting:
-            rows = rows_each * (len(batch) + 1)
+            size = len(batch) + 1
             length = max(longest, len(request.prompt_ids))
-            tokens = rows * (length + oldest.params.max_tokens)
-            fits = rows <= self._max_sequences and tokens <= self._max_batch_tokens
+            fits = size * oldest.rows <= self._max_sequences and size * oldest.tokens(length) <= self._max_batch_tokens
             if request is oldest or (fits and request.shares_batch(oldest)):
                 batch.append(request)
                 longest = length
@@ -201,7 +254,7 @@ class Lane:
             Exception: the model no longer runs.
         """
         try:
-            outputs = self._generate(batch)
+            outputs = self._outputs(batch)
         except Exception as error:
             if self._closing:
                 return
@@ -213,16 +266,26 @@ class Lane:
             _fail(batch[0])
             self._try_out()
             return
-        for request, tokens in zip(batch, outputs, strict=True):
-            request.tokens.set_result(tokens)
+        for request, output in zip(batch, outputs, strict=True):
+            request.result.set_result(output)
 
     def _try_out(self) -> None:
         for params in self._trials:
-            self._generate([_Request([0], params)])
+            self._outputs([_Request([0], params)])
 
-    def _generate(self, batch: list[_Request]) -> list[list[int]]:
-        """The new tokens of each request; what follows an end token or a stop string is of no meaning."""
-        params = batch[0].params
+    def _outputs(self, batch: list[_Request]) -> Sequence[Any]:
+        """The result of each request of a batch."""
+        task = batch[0].task
+        if isinstance(task, Scoring):
+            return score(self._model, [request.prompt_ids for request in batch], task.top)
+        if task.seed is None:
+            return self._generate(batch, task)
+        with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []):
+            torch.manual_seed(task.seed)
+            return self._generate(batch, task)
+
+    def _generate(self, batch: list[_Request], params: SamplingParams) -> list[list[list[int]]]:
+        """The new tokens of each request's completions; what follows an end token or stop string is of no meaning."""
         ids, mask = left_padded([request.prompt_ids for request in batch])
         stopping = StoppingCriteriaList([_Abandoned(lambda: self._closing or all(r.gone for r in batch))])
         if params.stop:
@@ -237,18 +300,28 @@ class Lane:
         if self._closing:
             raise EngineFailed("the lane was closed while it generated")
         new: list[list[int]] = output[:, ids.shape[1] :].tolist()
-        return new
+        return [new[start : start + params.sequences] for start in range(0, len(new), params.sequences)]
 
     def _config(self, params: SamplingParams) -> GenerationConfig:
         """All that `generate()` is told; what is not here keeps transformers' own neutral value."""
-        sampling = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+        sampling = {
+            "temperature": max(float(params.temperature), _COLDEST),
+            "top_k": params.top_k,
+            "top_p": float(params.top_p),
+            **({"min_p": float(params.min_p)} if params.min_p else {}),
+        }
         sampled = params.temperature > 0
+        bias = {"sequence_bias": [[[token], float(value)] for token, value in params.logit_bias.items()]}
         return GenerationConfig(
-            **self._ids,
+            **{**self._ids, "eos_token_id": sorted(self._ends(params)) or None},
             **params.extra,
+            **(bias if params.logit_bias else {}),
             **(sampling if sampled else {}),
             do_sample=sampled,
+            repetition_penalty=float(params.repetition_penalty),
+            min_new_tokens=params.min_tokens,
             max_new_tokens=params.max_tokens,
+            num_return_sequences=params.sequences,
         )
 
 
@@ -296,5 +369,5 @@ class _StopText(StoppingCriteria):  # type: ignore[misc]  # transformers is not 
 
 
 def _fail(request: _Request) -> None:
-    if not request.tokens.done():
-        request.tokens.set_exception(EngineFailed("the endpoint could not generate for the request; send it again"))
+    if not request.result.done():
+        request.result.set_exception(EngineFailed("the endpoint could not generate for the request; send it again"))

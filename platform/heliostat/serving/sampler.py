@@ -149,15 +149,19 @@ class Sampler:
         """Keep the log-probabilities (m, vocabulary) of the m rows that want them."""
         rows = [self._batch[index] for index in wanted]
         most = max(row.params.logprobs or 0 for row, _ in rows)
-        logprobs = logprobs.nan_to_num(LOWEST).clamp(min=LOWEST)
-        values, ids = (part.tolist() for part in logprobs.topk(min(most, logprobs.shape[1]), dim=-1))
-        own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-        for index, ((row, state), token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            count = row.params.logprobs or 0
-            top = tuple(zip(ids[index][:count], values[index][:count], strict=True))
+        for (row, state), record in zip(rows, likeliest(logprobs, tokens.tolist(), most), strict=True):
             # A step that did not count is taken again.
             del row.records[row.generated(state) - row.skipped :]
-            row.records.append(Record(token, own[index], top))
+            row.records.append(record._replace(top=record.top[: row.params.logprobs]))
+
+
+def likeliest(logprobs: torch.Tensor, tokens: Sequence[int], top: int) -> list[Record]:
+    """The records of n tokens and the `top` likeliest in their places, from log-probabilities (n, vocabulary)."""
+    logprobs = logprobs.nan_to_num(LOWEST).clamp(min=LOWEST)
+    values, ids = (part.tolist() for part in logprobs.topk(min(top, logprobs.shape[1]), dim=-1))
+    own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.long, device=logprobs.device)[:, None])[:, 0].tolist()
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+    return [Record(*row) for row in zip(tokens, own, pairs, strict=True)]
 
 
 def draw(scores: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> torch.Tensor:

@@ -1,32 +1,53 @@
 """One model as the API sees it: two ways to generate, prompts, defaults. Knows neither HTTP nor Ray.
 
 The effective settings of a request, the bundle's defaults under its own, decide who generates: the engine, or the lane
-where the bundle asks for something that continuous batching cannot do.
+where they ask for something that continuous batching cannot do.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Self
 
+from heliostat.evaluation.completion import encode_prompt
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models.base import InferenceModel
-from heliostat.serving.calls import Delta
+from heliostat.serving.calls import Delta, TokenLogprob
 from heliostat.serving.config import EndpointArgs
-from heliostat.serving.engine import Engine
+from heliostat.serving.engine import Engine, EngineState
 from heliostat.serving.lane import Lane
 from heliostat.serving.prompts import PromptEncoder
-from heliostat.serving.sampling import DecodingDefaults, SamplingParams
+from heliostat.serving.sampling import DecodingDefaults, InvalidRequest, SamplingParams
+from heliostat.serving.text import TokenTexts
+
+CHECK_PROMPTS = "check_prompts"
+"""Key of a bundle's manifest: texts that a new version answers before it takes requests (see parity.py)."""
+TEXTS = (
+    "Hello, how are you today?",
+    "Once upon a time there was",
+    "The capital of France is",
+    "1, 2, 3, 4,",
+    "def add(a, b):\n    return",
+    "Dear Sir or Madam,",
+    "Every Monday at nine o'clock",
+    "Das ist ein kurzer Satz.",
+)
+"""What stands for them where a bundle names none."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A running engine, the lane beside it if the bundle needs one, and what the API needs to know of the model."""
+    """A running engine, the lane beside it, and what the API needs to know of the model."""
 
     id: str
     engine: Engine
-    lane: Lane | None
+    lane: Lane
     prompts: PromptEncoder
     defaults: DecodingDefaults
+    texts: TokenTexts
+    check_prompts: list[list[int]]
+    """Token ids."""
+    cache_tokens: int
 
     @classmethod
     async def start(cls, loaded: InferenceModel, model_id: str, args: EndpointArgs) -> Self:
@@ -37,61 +58,109 @@ class ServedModel:
             ResourceError: the engine's cache does not fit into memory.
         """
         defaults = DecodingDefaults.of(loaded.model.generation_config)
-        engine = engine_of(loaded, args)
-        lane = _lane(loaded, args) if defaults.extra else None
+        engine, lane = _engine(loaded, args), _lane(loaded, args)
         await engine.start()
-        if lane is not None:
-            try:
-                await lane.start(_trials(defaults))
-            except BaseException:
-                engine.close()
-                raise
-        prompts = PromptEncoder(loaded.tokenizer, engine.max_length, PromptPrefix.of(loaded.manifest))
-        return cls(model_id, engine, lane, prompts, defaults)
+        try:
+            await lane.start(_trials(defaults))
+        except BaseException:
+            engine.close()
+            raise
+        return cls(
+            id=model_id,
+            engine=engine,
+            lane=lane,
+            prompts=PromptEncoder(loaded.tokenizer, engine.max_length, PromptPrefix.of(loaded.manifest)),
+            defaults=defaults,
+            texts=TokenTexts(loaded.tokenizer),
+            check_prompts=[encode_prompt(loaded, text) for text in (loaded.manifest or {}).get(CHECK_PROMPTS) or TEXTS],
+            cache_tokens=args.cache_tokens,
+        )
 
     @property
     def healthy(self) -> bool:
         """Whether all generation threads are alive and take requests."""
-        return self.engine.healthy and (self.lane is None or self.lane.healthy)
+        return self.engine.healthy and self.lane.healthy
 
     @property
     def in_flight(self) -> int:
         """Generations that are waiting or running."""
-        return self.engine.in_flight + (self.lane.in_flight if self.lane else 0)
+        return self.engine.in_flight + self.lane.in_flight
 
     @property
     def max_length(self) -> int:
         """Tokens that prompt and completion of one request may have together."""
         return self.engine.max_length
 
+    def state(self) -> EngineState:
+        """How the two are doing; the cache is the engine's."""
+        state, running = self.engine.state(), self.lane.running
+        waiting = self.lane.in_flight - running
+        return replace(state, running=state.running + running, waiting=state.waiting + waiting)
+
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Refuse what the model cannot read; see `Engine.check_prompt`."""
+        self.engine.check_prompt(prompt_ids)
+
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse what could not be generated.
 
         Raises:
-            InvalidRequest: see `Engine.check`; the same holds for the lane.
+            InvalidRequest: see `Engine.check`, the same holds for the lane; or the beams, more than the bundle's own,
+                do not fit into as many tokens as the cache has.
         """
         self.engine.check(prompt_ids, params)
+        beams = params.extra.get("num_beams", 1)
+        tokens = beams * (len(prompt_ids) + params.max_tokens)
+        if beams > self.defaults.extra.get("num_beams", 1) and tokens > self.cache_tokens:
+            raise InvalidRequest(
+                f"{beams} beams of {len(prompt_ids)} tokens and {params.max_tokens} more are over the limit of "
+                f"{self.cache_tokens} tokens; lower `num_beams` or `max_tokens`",
+                "num_beams",
+            )
 
-    def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta]:
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, emitted: Sequence[int] = ()
+    ) -> AsyncGenerator[tuple[int, Delta]]:
         """Generate from `prompt_ids` with `params`, which come from `defaults.params`; see `Engine.generate`.
+
+        Yields the number of the completion, 0 to `params.sequences` - 1, and what was added to it. `emitted` belongs to
+        the only one: several come whole, or not at all.
 
         Raises:
             InvalidRequest: see `check`.
+            Overloaded: too much waits; nothing was begun.
             EngineFailed: generation stopped before the last delta.
         """
         self.check(prompt_ids, params)
-        return (self.lane if self.lane and params.extra else self.engine).generate(prompt_ids, params)
+        if params.sequences > 1:
+            for number, delta in enumerate(await self.lane.generate_many(prompt_ids, params)):
+                yield number, delta
+            return
+        runner = self.lane if params.extra else self.engine
+        async with aclosing(runner.generate(prompt_ids, params, emitted)) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+
+    async def score(self, prompt_ids: Sequence[int], top: int) -> list[TokenLogprob | None]:
+        """Log-probabilities of the prompt's own tokens, with the `top` likeliest in each place; None for the first.
+
+        Raises:
+            InvalidRequest: see `check_prompt`.
+            Overloaded: too much waits.
+            EngineFailed: the lane is down, or it failed on this prompt.
+        """
+        self.check_prompt(prompt_ids)
+        records = await self.lane.score(prompt_ids, top)
+        return [record and self.texts.logprob(record) for record in records]
 
     def close(self) -> None:
         """Stop all threads; requests in flight fail."""
         self.prompts.close()
-        if self.lane is not None:
-            self.lane.close()
+        self.lane.close()
         self.engine.close()
 
 
-def engine_of(loaded: InferenceModel, args: EndpointArgs) -> Engine:
-    """The model's engine with the sizes of `args`, not started."""
+def _engine(loaded: InferenceModel, args: EndpointArgs) -> Engine:
     return Engine(
         loaded.model,
         loaded.tokenizer,
@@ -103,8 +172,13 @@ def engine_of(loaded: InferenceModel, args: EndpointArgs) -> Engine:
 
 
 def _lane(loaded: InferenceModel, args: EndpointArgs) -> Lane:
-    rows, tokens = args.max_ongoing_requests, args.cache_tokens
-    return Lane(loaded.model, loaded.tokenizer, max_sequences=rows, max_batch_tokens=tokens)
+    return Lane(
+        loaded.model,
+        loaded.tokenizer,
+        max_sequences=args.max_ongoing_requests,
+        max_batch_tokens=args.cache_tokens,
+        max_queued_tokens=args.max_queued_tokens,
+    )
 
 
 def _trials(defaults: DecodingDefaults) -> list[SamplingParams]:

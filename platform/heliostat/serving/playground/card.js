@@ -1,0 +1,37 @@
+// What the registry knows of a model's version. Knows the model card alone.
+
+import { make, rounded } from "./dom.js";
+
+/** Fill `element` with the card of a model. */
+export function showCard(element, card) {
+  const { reference, name, version, status, max_length: length, metrics, tags, canary, rejected } = card.heliostat;
+  const parts = [
+    make("h2", {}, name, " ", make("span", { className: "muted", textContent: version ? `version ${version}` : "" })),
+    facts([["Follows", reference], ["Status", status], ["Context", `${length} tokens`]]),
+  ];
+  if (canary) {
+    parts.push(make("p", { className: "callout", textContent: `Version ${canary.version} gets ${canary.percent}% of the requests.` }));
+  }
+  for (const { version: other, reason } of rejected) {
+    parts.push(make("p", { className: "callout problem", textContent: `Version ${other} was rejected: ${reason}` }));
+  }
+  parts.push(...table("Metrics", metrics, (value) => rounded(value)), ...table("Tags", tags, String));
+  element.replaceChildren(...parts);
+}
+
+function facts(rows) {
+  return make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
+}
+
+function table(title, values, format) {
+  const rows = Object.entries(values).map(([name, value]) => [name, format(value)]);
+  return rows.length ? [make("h3", { textContent: title }), facts(rows)] : [];
+}
+
+/** The name of a model in a list. */
+export function optionText(card) {
+  const { version, reference, status } = card.heliostat;
+  const [, alias] = reference.match(/^models:\/[^@]+@(.+)$/) ?? [];
+  const follows = alias && !card.id.includes("@") ? ` · ${alias}, now version ${version}` : "";
+  return card.id + follows + (status === "ready" ? "" : ` (${status})`);
+}

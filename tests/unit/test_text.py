@@ -4,9 +4,13 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from heliostat.serving.calls import TokenLogprob
+from heliostat.serving.sampler import Record
 from heliostat.serving.sampling import SamplingParams
-from heliostat.serving.text import Completion, Detokenizer, StopStrings
+from heliostat.serving.text import Completion, Detokenizer, StopStrings, TokenTexts
 from tests import tiny
 
 TEXTS = [
@@ -109,3 +113,54 @@ def test_a_completion_that_is_over_says_so_even_if_no_token_does(tokenizer: Any)
         assert (delta.text, delta.finish_reason, delta.completion_tokens) == (text, "stop", len(ids))
     delta = Completion(tokenizer, [5], SamplingParams(len(ids)), frozenset()).finish([*ids, 1, 1])
     assert (delta.text, delta.finish_reason, delta.completion_tokens) == ("hello w", "length", len(ids))
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("naïve — 日本語 👩‍👩‍👧‍👦 text", ()),
+        ("one two\n\nthree", ("\n\n",)),
+        ("one twoEN and EN", ("END",)),
+        ("日本語のテキスト 日本", ("本語!", "ト 日本語")),
+        ("hello<|endoftext|> world", ("hello w",)),
+    ],
+)
+def test_a_completion_goes_on_wherever_it_was_cut(tokenizer: Any, text: str, stop: tuple[str, ...]) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for params in (SamplingParams(len(ids), stop=stop), SamplingParams(len(ids) + 5, stop=stop)):
+        ends = frozenset({tokenizer.eos_token_id})
+        unbroken = Completion(tokenizer, [5], params, ends)
+        deltas = [unbroken.extend([token]) for token in ids]
+        for cut in range(len(ids) + 1):
+            later = Completion(tokenizer, [5], params, ends, emitted=ids[:cut])
+            rest = [later.extend([token]) for token in ids[cut:]]
+            assert rest == deltas[cut:], cut
+            assert later.finish_reason == unbroken.finish_reason
+
+
+def test_a_delta_holds_the_logprobs_of_its_tokens_and_of_no_more(tokenizer: Any) -> None:
+    ids = [*tokenizer("hello", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, 40, 41]
+    logprobs = [TokenLogprob(token, "x", -1.0) for token in ids]
+    parts = Completion(tokenizer, [5], SamplingParams(50), frozenset({tokenizer.eos_token_id}))
+    delta = parts.extend(ids, logprobs)
+    assert delta.token_ids == tuple(ids[:-2])
+    assert [each.token_id for each in delta.logprobs] == ids[:-2]
+
+
+def test_the_texts_of_the_tokens_joined_are_the_text(tokenizer: Any) -> None:
+    texts = TokenTexts(tokenizer)
+    text = " the red cat goes\n\nto market"
+    assert "".join(map(texts.of, tokenizer(text, add_special_tokens=False)["input_ids"])) == text
+    assert texts.of(tokenizer.eos_token_id) == "<|endoftext|>"
+    assert texts.logprob(Record(tokenizer.eos_token_id, -0.5, ((65, -0.25),))) == TokenLogprob(
+        tokenizer.eos_token_id, "<|endoftext|>", -0.5, ((65, texts.of(65), -0.25),)
+    )
+
+
+def test_the_space_before_a_word_is_not_lost_where_a_tokenizer_drops_leading_ones() -> None:
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁the": 2, "cat": 3}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    assert wrapped.decode([2]) == "the"
+    assert [TokenTexts(wrapped).of(token) for token in (2, 3)] == [" the", "cat"]

@@ -21,13 +21,6 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def served(app: ASGIApp) -> Iterator[str]:
     """The URL of the application behind uvicorn, as Ray Serve's proxy runs it."""

@@ -21,8 +21,9 @@ from ray import serve
 
 from heliostat.serving import edge
 from heliostat.serving.bind import trusting
+from tests.ports import free_port
 from tests.ray import echo
-from tests.wire import connect, free_port, parsed, raw, read_all, until
+from tests.wire import connect, parsed, raw, read_all, until
 
 HASTY = dict.fromkeys(edge.PROXY_ENVIRONMENT, "tests.ray.echo:hasty_middlewares")
 

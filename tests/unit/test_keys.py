@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from heliostat.errors import ConfigError
-from heliostat.serving import key_commands, keys
+from heliostat.serving import keys
 from heliostat.serving.keys import KeyRing
 
 ENTRY = {"name": "alice", "sha256": "0" * 64, "created": "2026-01-01T00:00:00Z"}
@@ -248,17 +248,3 @@ def test_concurrent_edits_lose_nothing(path: Path) -> None:
     for writer in writers:
         writer.join()
     assert len(keys.listing(path)) == 40
-
-
-def test_the_command(path: Path) -> None:
-    file = str(path)
-    added = key_commands.run("add", file, "alice", ["cron"], 60, None)
-    assert names(KeyRing(path), added["key"]) == ["alice"]
-    assert added["key"] in key_commands.show(added)
-    listed = key_commands.run("list", file, None, None, None, None)
-    assert "sha256" not in json.dumps(listed)
-    assert "cron; 60 requests a minute" in key_commands.show(listed)
-    with pytest.raises(ConfigError, match="whose key"):
-        key_commands.run("revoke", file, None, None, None, None)
-    assert "revoked" in key_commands.show(key_commands.run("revoke", file, "alice", None, None, None))
-    assert key_commands.show(key_commands.run("list", file, None, None, None, None)) == "no keys"

@@ -323,6 +323,28 @@ def _show_serve(result: Result) -> str:
     return f"{result['reference']} is served as `{result['model']}` at {result['url']}  (Ctrl-C stops)"
 
 
+def _keys_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["add", "revoke", "list"])
+    parser.add_argument("file", metavar="FILE", help="the endpoint's serving.api_keys; `add` creates it")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="whose key it is")
+    parser.add_argument("--model", action="append", dest="models", help="allow this model only; may be repeated")
+    parser.add_argument("--requests-per-minute", type=int)
+    parser.add_argument("--max-concurrent", type=int, help="requests that may run at once")
+
+
+def _keys(options: argparse.Namespace) -> Result:
+    from heliostat.serving import key_commands
+
+    limits = (options.requests_per_minute, options.max_concurrent)
+    return key_commands.run(options.action, options.file, options.name, options.models, *limits)
+
+
+def _show_keys(result: Result) -> str:
+    from heliostat.serving import key_commands
+
+    return key_commands.show(result)
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="models:/NAME@ALIAS, a bundle folder, a GGUF file or a hub name")
     parser.add_argument(
@@ -420,6 +442,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "rollback": Command("make the champion before the champion again", _rollback_arguments, _rollback, _show_promote),
     "serve": Command("serve a model behind an OpenAI-compatible endpoint", _target_arguments, _serve, _show_serve),
+    "keys": Command("make, revoke and list the API keys of an endpoint", _keys_arguments, _keys, _show_keys),
     "generate": Command(
         "complete prompts from the command line or stdin", _generate_arguments, _generate, _show_generate
     ),

@@ -1,7 +1,6 @@
 """Requests are read as OpenAI's clients write them; what is not honoured is refused by name, and nothing is quoted."""
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +15,8 @@ from heliostat.serving.protocol import (
     GenerationRequest,
     explain,
 )
-from heliostat.serving.sampling import DecodingDefaults, SamplingParams
 
 SECRET = "my secret prompt"
-GREEDY = DecodingDefaults(temperature=0.0, top_k=0, top_p=1.0, max_tokens=None)
-TUNED = DecodingDefaults(temperature=0.7, top_k=20, top_p=0.9, max_tokens=40)
 
 
 def completion(**changes: Any) -> CompletionRequest:
@@ -63,29 +59,12 @@ def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
 
 
 UNSUPPORTED: list[tuple[str, Any]] = [
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("logit_bias", {"5": 1}),
-    ("logprobs", 0),
-    ("logprobs", True),
-    ("top_logprobs", 2),
-    ("seed", 0),
-    ("best_of", 2),
-    ("echo", True),
     ("suffix", SECRET),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
     ("store", True),
-]
-# What a bundle may bring, a request may not ask for.
-BUNDLES_ONLY = [
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "length_penalty",
-    "extra",
+    ("reasoning_effort", "high"),
+    ("modalities", ["audio"]),
 ]
 
 
@@ -97,37 +76,73 @@ def test_parameters_that_are_not_honoured_are_refused_by_name(make: Any, param: 
     assert param in str(error)
 
 
-@pytest.mark.parametrize("param", BUNDLES_ONLY)
-def test_settings_of_bundles_are_no_parameters(param: str) -> None:
-    assert refusal(completion, **{param: 1}).code == "unknown_parameter"
-
-
 @pytest.mark.parametrize("make", [completion, chat])
 @pytest.mark.parametrize(
     ("param", "value"),
     [
         *[(param, None) for param, _ in UNSUPPORTED],
-        *[("presence_penalty", 0), ("frequency_penalty", 0.0), ("logit_bias", {}), ("logprobs", False), ("n", 1)],
-        *[
-            ("user", SECRET),
-            ("metadata", {"a": "b"}),
-            ("response_format", {"type": "text"}),
-            ("tools", []),
-            ("echo", False),
-        ],
+        *[(param, None) for param in ("seed", "logprobs", "temperature", "stop", "logit_bias", "n", "num_beams")],
+        ("user", SECRET),
+        ("metadata", {"a": "b"}),
+        ("response_format", {"type": "text"}),
+        ("tools", []),
+        ("store", False),
+        ("n", 1),
     ],
 )
 def test_values_that_ask_for_nothing_are_accepted(make: Any, param: str, value: Any) -> None:
-    assert make(**{param: value}).sampling(GREEDY, 5) == SamplingParams(5)
+    request = make(**{param: value})
+    assert request.settings() == {}
+    assert request.top_tokens is None
+    assert request.candidates == 1
+
+
+SETTINGS: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "typical_p": 0.9,
+    "presence_penalty": -2,
+    "frequency_penalty": 1.5,
+    "repetition_penalty": 1.2,
+    "no_repeat_ngram_size": 3,
+    "logit_bias": {"5": -100, "7": 1.5},
+    "seed": -1,
+    "min_tokens": 2,
+    "num_beams": 4,
+    "length_penalty": 0.5,
+    "early_stopping": True,
+    "stop": "\n",
+    "stop_token_ids": [3],
+}
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_every_decoding_setting_reaches_the_model(make: Any) -> None:
+    assert make(**SETTINGS).settings() == {**SETTINGS, "stop": ["\n"], "logit_bias": {5: -100, 7: 1.5}}
 
 
 WRONG: dict[str, list[Any]] = {
     "temperature": [-0.1, 2.1, "0.5", float("nan"), True, []],
-    "top_p": [0, 1.1, "1"],
-    "top_k": [-1, 1.5, "5"],
-    "max_tokens": [0, -5, 1.5, "10", True],
+    "top_p": [0, 1.1, "1", float("nan")],
+    "top_k": [-1, 1.5, "5", 2**31],
+    "min_p": [-0.1, 1.1],
+    "typical_p": [0, 2],
+    "presence_penalty": [-2.1, 2.1, "1", float("inf")],
+    "frequency_penalty": [3, True],
+    "repetition_penalty": [0, -1, float("nan")],
+    "no_repeat_ngram_size": [-1, 1.5],
+    "logit_bias": [{"5": 101}, {"x": 1}, {"-1": 1}, {"5": "1"}, {"5": None}, [1], {str(i): 1 for i in range(1025)}],
+    "seed": [1.5, "1", 2**63, -(2**63) - 1, True],
+    "min_tokens": [-1, 1.5],
+    "num_beams": [0, 33, 1.5],
+    "length_penalty": [float("inf"), "1"],
+    "early_stopping": ["never", 1],
+    "max_tokens": [-5, 1.5, "10", True, 2**31],
     "n": [0, MAX_N + 1, 1.5],
-    "stop": ["", [""], ["a"] * 5, [1], {"a": 1}],
+    "stop": ["", [""], ["a"] * 5, [1], {"a": 1}, "x" * 257],
+    "stop_token_ids": [[-1], ["a"], 3, [0] * 65],
     "stream": ["yes", 1],
     "model": [None, 3, []],
     "stream_options": [{"include_usage": True}],
@@ -158,29 +173,42 @@ def test_a_missing_parameter_and_a_body_that_is_no_object() -> None:
     assert "JSON object" in str(explain(caught.value.errors()))
 
 
-def test_settings_left_open_are_the_models_own() -> None:
-    assert completion().sampling(TUNED, 7) == SamplingParams(7, temperature=0.7, top_k=20, top_p=0.9)
-    given = completion(temperature=0, top_p=0.5, top_k=3, stop="\n").sampling(TUNED, 7)
-    assert given == SamplingParams(7, temperature=0, top_k=3, top_p=0.5, stop=("\n",))
-    assert completion(stop=["a", "b"]).sampling(GREEDY, 7).stop == ("a", "b")
-    stopping = replace(GREEDY, stop=("x",), extra={"repetition_penalty": 1.2})
-    assert completion().sampling(stopping, 7) == SamplingParams(7, stop=("x",), extra={"repetition_penalty": 1.2})
-    assert completion(stop=[]).sampling(stopping, 7).stop == ()
-    assert completion(stop="\n").sampling(stopping, 7).stop == ("\n",)
-
-
 def test_how_many_tokens_are_generated() -> None:
-    assert completion().token_limit(GREEDY, room=100) == 16
-    assert completion().token_limit(TUNED, room=100) == 40
-    assert completion().token_limit(TUNED, room=10) == 10
-    assert completion(max_tokens=30).token_limit(TUNED, room=10) == 30
-    assert chat().token_limit(GREEDY, room=100) == 100
-    assert chat().token_limit(TUNED, room=100) == 40
-    assert chat(max_tokens=5).token_limit(TUNED, room=100) == 5
-    assert chat(max_completion_tokens=5).token_limit(TUNED, room=100) == 5
+    assert completion().token_limit(None, room=100) == 16
+    assert completion().token_limit(40, room=100) == 40
+    assert completion().token_limit(40, room=10) == 10
+    assert completion(max_tokens=30).token_limit(40, room=10) == 30
+    assert completion(max_tokens=0, echo=True).token_limit(40, room=10) == 0
+    assert chat().token_limit(None, room=100) == 100
+    assert chat().token_limit(40, room=100) == 40
+    assert chat(max_tokens=5).token_limit(40, room=100) == 5
+    assert chat(max_completion_tokens=5).token_limit(40, room=100) == 5
     # No room at all: the engine refuses the prompt for its length.
-    assert chat().token_limit(GREEDY, room=-3) == 1
+    assert chat().token_limit(None, room=-3) == 1
     assert refusal(chat, max_tokens=5, max_completion_tokens=6).param == "max_completion_tokens"
+    assert refusal(chat, max_tokens=0).param == "max_tokens"
+    assert refusal(completion, max_tokens=0).param == "max_tokens"
+
+
+def test_log_probabilities() -> None:
+    assert completion(logprobs=0).top_tokens == 0
+    assert completion(logprobs=5).top_tokens == 5
+    assert chat(logprobs=True).top_tokens == 0
+    assert chat(logprobs=True, top_logprobs=7).top_tokens == 7
+    assert chat(logprobs=False).top_tokens is None
+    assert refusal(completion, logprobs=21).param == "logprobs"
+    assert refusal(completion, logprobs=True).param == "logprobs"
+    assert refusal(chat, logprobs=3).param == "logprobs"
+    assert refusal(chat, top_logprobs=3).param == "top_logprobs"
+    assert refusal(completion, top_logprobs=3).code == "unknown_parameter"
+
+
+def test_candidates_are_at_least_those_asked_for() -> None:
+    assert completion(n=3).candidates == 3
+    assert completion(n=2, best_of=5).candidates == 5
+    assert refusal(completion, n=3, best_of=2).param == "best_of"
+    assert refusal(completion, best_of=2, stream=True).param == "best_of"
+    assert refusal(chat, best_of=2).code == "unknown_parameter"
 
 
 def test_prompts_times_n_is_bounded() -> None:

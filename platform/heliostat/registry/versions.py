@@ -128,16 +128,27 @@ def resolve(reference: str) -> ResolvedModel:
     Raises:
         RegistryError: the reference is malformed, its model, alias or version does not exist, or the store failed.
     """
-    if not reference.startswith("models:"):
+    version = look_up(reference)
+    if version is None:
         return ResolvedModel(reference)
+    with store.failures(f"{version.uri} cannot be fetched"):
+        path = _fetch(version, str(store.client().get_model_version_download_uri(version.name, version.version)))
+    return ResolvedModel(str(path), version.name, version.version)
+
+
+def look_up(reference: str) -> ModelVersion | None:
+    """The version that models:/NAME@ALIAS or models:/NAME/VERSION stands for now; None for any other reference.
+
+    Raises:
+        RegistryError: the reference is malformed, its model, alias or version does not exist, or the store failed.
+    """
+    if not reference.startswith("models:"):
+        return None
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise RegistryError(f"`{reference}` is not a model reference; write models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match["name"], match["alias"], match["version"]
-    version = get_version(name, number) if number else version_of_alias(name, alias)
-    with store.failures(f"{version.uri} cannot be fetched"):
-        path = _fetch(version, str(store.client().get_model_version_download_uri(name, version.version)))
-    return ResolvedModel(str(path), name, version.version)
+    return get_version(name, number) if number else version_of_alias(name, alias)
 
 
 def get_version(name: str, version: str) -> ModelVersion:

@@ -5,24 +5,53 @@ Forms: https://platform.openai.com/docs/api-reference (completions, chat, models
 
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from heliostat.serving.calls import Delta, TokenLogprob
 
+Tokens = Sequence[TokenLogprob]
+
+
+@dataclass(frozen=True)
 class Usage:
     """Tokens of one request: each prompt counts once, each completion as far as it was generated."""
 
-    def __init__(self, prompt_tokens: int, completion_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = completion_tokens
+    prompt_tokens: int
+    completion_tokens: int
 
     def body(self) -> dict[str, int]:
         """The `usage` object."""
-        total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+
+
+@dataclass
+class Choice:
+    """One choice as its deltas put it together."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities, where they are asked for."""
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append what a step added."""
+        self.text += delta.text
+        self.tokens += delta.logprobs
+        self.completion_tokens = delta.completion_tokens
+        self.finish_reason = delta.finish_reason
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens: what `best_of` ranks by."""
+        known = [token.logprob for token in self.tokens if token.logprob is not None]
+        return sum(known) / len(known) if known else 0.0
 
 
 class CompletionWire:
@@ -30,21 +59,29 @@ class CompletionWire:
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, logprobs: bool = False) -> None:
+        """`logprobs`: whether the request asked for them; else they are null in the answer."""
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._common = {"id": self.id, "created": int(time.time()), "model": model}
+        self._logprobs = logprobs
+        self._offsets: dict[int, int] = {}
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """A finished choice."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return self._text(index, choice.text, choice.tokens, choice.finish_reason)
 
-    def first_pieces(self, count: int) -> list[dict[str, Any]]:
-        """The pieces that open a stream of `count` choices."""
-        return []
+    def first_pieces(self, echo: Sequence[str], prompts: Sequence[Tokens], per_prompt: int) -> list[dict[str, Any]]:
+        """The pieces that open a stream: each prompt, for each of its choices, where it is asked back."""
+        pieces = []
+        for number, text in enumerate(echo):
+            tokens = prompts[number] if prompts else ()
+            for index in range(number * per_prompt, (number + 1) * per_prompt):
+                pieces.append(self._text(index, text, tokens, None))
+        return pieces
 
-    def piece(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """What a chunk of the stream adds to a choice."""
-        return self.choice(index, text, finish_reason)
+        return self._text(index, delta.text, delta.logprobs, delta.finish_reason)
 
     def answer(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """The whole answer."""
@@ -54,26 +91,62 @@ class CompletionWire:
         """A chunk of the stream."""
         return {**self._common, "object": self.part, "choices": choices}
 
+    def _text(self, index: int, text: str, tokens: Tokens, finish_reason: str | None) -> dict[str, Any]:
+        logprobs = self._token_lists(index, tokens) if self._logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _token_lists(self, index: int, tokens: Tokens) -> dict[str, Any]:
+        offset = self._offsets.get(index, 0)
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        self._offsets[index] = offset
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else {text: logprob for _, text, logprob in token.top} for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
 
 class ChatWire(CompletionWire):
     """The answers of /v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._content(choice.tokens),
+            "finish_reason": choice.finish_reason,
+        }
 
-    def first_pieces(self, count: int) -> list[dict[str, Any]]:
-        return [self._delta(index, {"role": "assistant", "content": ""}, None) for index in range(count)]
+    def first_pieces(self, echo: Sequence[str], prompts: Sequence[Tokens], per_prompt: int) -> list[dict[str, Any]]:
+        return [self._delta(index, {"role": "assistant", "content": ""}, (), None) for index in range(per_prompt)]
 
-    def piece(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return self._delta(index, {"content": text} if text else {}, finish_reason)
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        return self._delta(index, {"content": delta.text} if delta.text else {}, delta.logprobs, delta.finish_reason)
 
-    def _delta(self, index: int, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _delta(self, index: int, delta: dict[str, str], tokens: Tokens, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": self._content(tokens), "finish_reason": finish_reason}
+
+    def _content(self, tokens: Tokens) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        content = [
+            {
+                **_token(token.text, token.logprob),
+                "top_logprobs": [_token(text, logprob) for _, text, logprob in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
 
-def model_card(model_id: str, created: int) -> dict[str, Any]:
-    """A model of /v1/models."""
-    return {"id": model_id, "object": "model", "created": created, "owned_by": "heliostat"}
+def _token(text: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

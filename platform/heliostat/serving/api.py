@@ -1,11 +1,6 @@
-"""The HTTP API of one model: OpenAI's routes. Knows HTTP and a served model, not Ray."""
+"""The HTTP API: OpenAI's routes, and a few more. Knows HTTP and a router, neither Ray nor models."""
 
-import asyncio
-import json
 import logging
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,182 +9,115 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from heliostat.serving.answers import ChatWire, CompletionWire, Usage, model_card
-from heliostat.serving.engine import EngineFailed
-from heliostat.serving.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    CompletionRequest,
-    explain,
-    model_not_found,
-)
-from heliostat.serving.sampling import InvalidRequest, SamplingParams
-from heliostat.serving.served import ServedModel
-from heliostat.serving.text import Delta
+from heliostat.serving import access, logs, metrics, openapi, pages, tracing
+from heliostat.serving.answers import ChatWire, CompletionWire
+from heliostat.serving.config import EndpointArgs
+from heliostat.serving.exchange import Exchange, Origin, unexpected
+from heliostat.serving.keys import Key, KeyRing
+from heliostat.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, explain
+from heliostat.serving.routing import Router, card
+from heliostat.serving.tracing import Tracing
 
 logger = logging.getLogger(__name__)
-# Seconds after which a client may try again; the engine restarts within a fraction of that.
-RETRY_AFTER = "1"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One completion to generate."""
+class Front:
+    """What stands between HTTP and the router."""
 
-    prompt_ids: list[int]
-    params: SamplingParams
+    keys: KeyRing | None
+    metrics: metrics.GatewayMetrics
+    tracing: Tracing
+    max_body_bytes: int
+    playground: bool
+
+    @classmethod
+    def of(cls, args: EndpointArgs) -> "Front":
+        """As the endpoint's settings have it.
+
+        Raises:
+            ConfigError: the file of keys cannot be read, or tracing is asked for and not installed.
+        """
+        return cls(
+            keys=KeyRing(args.api_keys) if args.api_keys else None,
+            metrics=metrics.GatewayMetrics(metrics.RayRecorder()),
+            tracing=tracing.start(args.tracing, "gateway"),
+            max_body_bytes=args.max_body_bytes,
+            playground=args.playground,
+        )
 
 
-def create_app(served: ServedModel) -> FastAPI:
+def create_app(router: Router, front: Front) -> FastAPI:
     """The application with all routes; errors come in OpenAI's form."""
     app = FastAPI(title="Heliostat", docs_url=None, redoc_url=None)
-    created = int(time.time())
+    openapi.describe(app)
+    _add_models(app, router)
+    _add_generation(app, router, front)
+    if front.playground:
+        pages.add_playground(app)
 
-    def check_model(name: str) -> None:
-        if name != served.id:
-            raise model_not_found(name)
-
-    @app.get("/health")
+    @app.get("/health", include_in_schema=False)
     async def health() -> Response:
-        return Response(status_code=200 if served.healthy else 503)
+        routes = router.table.routes.values()
+        return Response(status_code=200 if all(route.stable.healthy for route in routes) else 503)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(served.id, created)]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        check_model(name)
-        return model_card(served.id, created)
-
-    @app.post("/v1/completions", response_model=None)
-    async def completions(request: CompletionRequest) -> Response:
-        check_model(request.model)
-        prompts = [p if isinstance(p, list) else await served.prompts.text(p) for p in request.prompt]
-        return await _respond(served, request, prompts, CompletionWire(served.id))
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(request: ChatCompletionRequest) -> Response:
-        check_model(request.model)
-        if not served.prompts.has_chat_template:
-            raise ApiError(400, f"the model `{served.id}` has no chat template; use /v1/completions", param="model")
-        prompt = await served.prompts.chat([message.as_template_input() for message in request.messages])
-        return await _respond(served, request, [prompt], ChatWire(served.id))
+    @app.get("/metrics", include_in_schema=False)
+    async def exposition() -> Response:
+        return Response(await metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _install_error_handlers(app)
+    app.add_middleware(access.protect, ring=front.keys, max_body_bytes=front.max_body_bytes)
     return app
 
 
-async def _respond(
-    served: ServedModel,
-    request: CompletionRequest | ChatCompletionRequest,
-    prompts: Sequence[list[int]],
-    wire: CompletionWire,
-) -> Response:
-    """Generate `n` completions of each prompt and answer, whole or as a stream."""
-    jobs = []
-    for ids in prompts:
-        room = served.max_length - len(ids)
-        params = request.sampling(served.defaults, request.token_limit(served.defaults, room))
-        served.check(ids, params)
-        jobs += [Job(ids, params)] * (request.n or 1)
-    prompt_tokens = sum(map(len, prompts))
-    deltas = generate_all(served, jobs)
-    if not request.stream:
-        return JSONResponse(await _whole(deltas, len(jobs), prompt_tokens, wire))
-    # With the first delta in hand, an engine that fails at once is still answered with a proper status.
-    first = await anext(deltas)
-    events = _stream(first, deltas, len(jobs), prompt_tokens, wire, request.include_usage)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+def _add_models(app: FastAPI, router: Router) -> None:
+    def cards(key: Key | None) -> list[dict[str, Any]]:
+        return [card(*router.table.find(name)) for name in access.visible(key, router.table.ids())]
+
+    @app.get("/v1/models", operation_id="list_models")
+    async def models(http: Request) -> dict[str, Any]:
+        return {"object": "list", "data": cards(http.state.key)}
+
+    @app.get("/v1/models/{name:path}", operation_id="get_model")
+    async def model(name: str, http: Request) -> dict[str, Any]:
+        access.require_model(http.state.key, name)
+        return card(*router.table.find(name))
+
+    @app.get("/v1/decoding", operation_id="get_decoding")
+    async def decoding(model: str, http: Request) -> dict[str, Any]:
+        """The decoding settings that hold where a request leaves them open, and where each comes from."""
+        access.require_model(http.state.key, model)
+        route, pinned = router.table.find(model)
+        version = pinned or route.stable
+        return {"model": model, "version": version.name, **version.decoding}
 
 
-async def generate_all(served: ServedModel, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Delta]]:
-    """Run all jobs at once; yields (index of the job, delta) as they come. The first error ends them all."""
-    queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
+def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
+    async def respond(
+        http: Request, request: CompletionRequest | ChatCompletionRequest, wire: CompletionWire, kind: metrics.Endpoint
+    ) -> Response:
+        key: Key | None = http.state.key
+        access.require_model(key, request.model)
+        route, _ = router.table.find(request.model)
+        origin = Origin(http.state.request_id, key.name if key else None, http.url.path)
+        meter = front.metrics.request(route.id, kind)
+        operation: tracing.Operation = "chat" if kind == "chat" else "text_completion"
+        trace = front.tracing.request(operation, route.id, http.headers.get("traceparent"))
+        exchange = Exchange(router, request, wire, origin, meter, trace)
+        await exchange.begin()
+        if request.stream:
+            return StreamingResponse(exchange.events(), media_type="text/event-stream")
+        return JSONResponse(await exchange.whole())
 
-    async def run(index: int, job: Job) -> None:
-        try:
-            async with aclosing(served.generate(job.prompt_ids, job.params)) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait((index, delta))
-        except Exception as error:
-            queue.put_nowait((index, error))
+    @app.post("/v1/completions", operation_id="create_completion", response_model=None)
+    async def completions(request: CompletionRequest, http: Request) -> Response:
+        wire = CompletionWire(request.model, logprobs=request.logprobs is not None)
+        return await respond(http, request, wire, "completions")
 
-    tasks = [asyncio.create_task(run(index, job)) for index, job in enumerate(jobs)]
-    try:
-        unfinished = len(tasks)
-        while unfinished:
-            index, delta = await queue.get()
-            if isinstance(delta, Exception):
-                raise delta
-            unfinished -= delta.finish_reason is not None
-            yield index, delta
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _whole(
-    deltas: AsyncIterator[tuple[int, Delta]], count: int, prompt_tokens: int, wire: CompletionWire
-) -> dict[str, Any]:
-    texts = [""] * count
-    last: dict[int, Delta] = {}
-    async for index, delta in deltas:
-        texts[index] += delta.text
-        last[index] = delta
-    choices = [wire.choice(index, texts[index], last[index].finish_reason) for index in range(count)]
-    return wire.answer(choices, _usage(prompt_tokens, last))
-
-
-async def _stream(
-    first: tuple[int, Delta],
-    rest: AsyncGenerator[tuple[int, Delta]],
-    count: int,
-    prompt_tokens: int,
-    wire: CompletionWire,
-    include_usage: bool,
-) -> AsyncIterator[str]:
-    """The server-sent events of an answer. A failure is an event of its own, and then there is no [DONE]."""
-    extra = {"usage": None} if include_usage else {}
-    last: dict[int, Delta] = {}
-    try:
-        for piece in wire.first_pieces(count):
-            yield _event({**wire.chunk([piece]), **extra})
-        async with aclosing(_prepended(first, rest)) as deltas:
-            async for index, delta in deltas:
-                last[index] = delta
-                if delta.text or delta.finish_reason:
-                    yield _event({**wire.chunk([wire.piece(index, delta.text, delta.finish_reason)]), **extra})
-        if include_usage:
-            yield _event({**wire.chunk([]), "usage": _usage(prompt_tokens, last).body()})
-        yield "data: [DONE]\n\n"
-    except EngineFailed as error:
-        yield _event(ApiError(503, str(error), code="engine_failed").body())
-    except Exception:
-        logger.exception("a stream failed")
-        yield _event(_unexpected().body())
-
-
-async def _prepended(
-    first: tuple[int, Delta], rest: AsyncGenerator[tuple[int, Delta]]
-) -> AsyncGenerator[tuple[int, Delta]]:
-    async with aclosing(rest):
-        yield first
-        async for item in rest:
-            yield item
-
-
-def _usage(prompt_tokens: int, last: dict[int, Delta]) -> Usage:
-    return Usage(prompt_tokens, sum(delta.completion_tokens for delta in last.values()))
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-def _unexpected() -> ApiError:
-    return ApiError(500, "an unexpected error happened; the server's log says more", code="internal_error")
+    @app.post("/v1/chat/completions", operation_id="create_chat_completion", response_model=None)
+    async def chat(request: ChatCompletionRequest, http: Request) -> Response:
+        wire = ChatWire(request.model, logprobs=bool(request.logprobs))
+        return await respond(http, request, wire, "chat")
 
 
 def _install_error_handlers(app: FastAPI) -> None:
@@ -201,24 +129,15 @@ def _install_error_handlers(app: FastAPI) -> None:
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         return _error_response(explain(error.errors()))
 
-    @app.exception_handler(InvalidRequest)
-    async def invalid(_: Request, error: InvalidRequest) -> Response:
-        return _error_response(ApiError(400, str(error), param=error.param, code=error.code))
-
-    @app.exception_handler(EngineFailed)
-    async def failed(_: Request, error: EngineFailed) -> Response:
-        return _error_response(ApiError(503, str(error), code="engine_failed"))
-
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        message = f"{error.detail}: {request.method} {request.url.path[:100]}"
-        return _error_response(ApiError(error.status_code, message))
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        return _error_response(ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> Response:
-        return _error_response(_unexpected())
+    async def failed(_: Request, error: Exception) -> Response:
+        logger.error("a request failed: %s", logs.describe(error))
+        return _error_response(unexpected())
 
 
 def _error_response(error: ApiError) -> Response:
-    headers = {"Retry-After": RETRY_AFTER} if error.status == 503 else {}
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, error.headers())

@@ -13,7 +13,8 @@ class TokenLogprob:
 
     token_id: int
     text: str
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, which nothing comes before."""
     top: tuple[tuple[int, str, float], ...] = ()
 
 
@@ -47,8 +48,8 @@ class Accepted:
     choices: int
     echo: tuple[str, ...] = ()
     """The prompts' texts, if they are asked back."""
-    prompt_logprobs: tuple[tuple[TokenLogprob | None, ...], ...] = ()
-    """For each prompt, if asked for: its tokens; the first token of a prompt has no probability."""
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    """For each prompt, if asked for: its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Refused:
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after: float | None = None
+    """Seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,8 @@ class EndpointArgs(StrictModel):
 
     poll_s: PositiveFloat = 5
     """How often the registry is asked where the alias points."""
+    startup_timeout_s: PositiveFloat = 1800
+    """A version that is not loaded by then, for want of room in the cluster perhaps, is given up."""
     canary: CanaryArgs = CanaryArgs()
     request_timeout_s: PositiveFloat = 600
     """A request that takes longer ends with an error."""

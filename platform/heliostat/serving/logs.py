@@ -23,6 +23,10 @@ _WITHHELD = "(message withheld)"
 _SHORT = 3
 
 
+# Of what is not ours: Serve's proxies and controller.
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
 def logging_config() -> LoggingConfig:
     """For the deployments: JSON lines, ours for each request instead of Serve's."""
     return LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)

@@ -5,46 +5,64 @@ Forms: https://platform.openai.com/docs/api-reference (completions, chat, models
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from heliostat.errors import HeliostatError
-from heliostat.serving.sampling import DecodingDefaults, SamplingParams
 
 MAX_N = 16
-# Completions of one request: its prompts times `n`.
+# Completions of one request: its prompts times `n` or `best_of`.
 MAX_COMPLETIONS = 128
 DEFAULT_MAX_TOKENS = 16
+MAX_LOGPROBS = 20
+MAX_BEAMS = 32
 Prompt = str | list[int]
 
 # Parameters of OpenAI's that are not honoured, and the values (beside null) that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0, 0.0),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "seed": (),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
+}
+_INT32 = 2**31 - 1
+# JSON objects have text keys only: OpenAI's token ids are numbers in quotes.
+TokenId = Annotated[int, Field(ge=0, le=_INT32, strict=False)]
+_PROMPT_SCHEMA: JsonDict = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_COMPLETIONS},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+        {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+            "minItems": 1,
+            "maxItems": MAX_COMPLETIONS,
+        },
+    ]
+}
+_STOP_SCHEMA: JsonDict = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": 256},
+        {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}, "maxItems": 4},
+        {"type": "null"},
+    ]
 }
 # Labels for the caller's own bookkeeping: they change nothing about the answer.
 _IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
@@ -52,18 +70,38 @@ _EMPTY_IN_ANSWERS = frozenset({"annotations", "audio", "function_call", "name", 
 
 
 class ApiError(HeliostatError):
-    """An error with its HTTP status, in OpenAI's form."""
+    """An error with its HTTP status, in OpenAI's form. `retry_after`: seconds after which a client may try again."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type` of the error."""
+        return _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def body(self) -> dict[str, Any]:
         """The JSON body: {"error": {message, type, param, code}}."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Retry-After in whole seconds, at least one, where there is a time to wait."""
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class StreamOptions(BaseModel):
@@ -75,17 +113,37 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What completions and chat completions have in common. `top_k` is an extension, as other open servers have it."""
+    """What completions and chat completions have in common.
+
+    What OpenAI does not have is named as other open servers (vLLM) and transformers name it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0, le=_INT32)
+    min_tokens: int | None = Field(None, ge=0, le=_INT32)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0, le=_INT32)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    no_repeat_ngram_size: int | None = Field(None, ge=0, le=_INT32)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
+        None, max_length=1024
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    num_beams: int | None = Field(None, ge=1, le=MAX_BEAMS)
+    length_penalty: float | None = Field(None, ge=-100, le=100, allow_inf_nan=False)
+    early_stopping: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        None, max_length=4, json_schema_extra=_STOP_SCHEMA
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=_INT32)]] | None = Field(None, max_length=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -120,17 +178,45 @@ class GenerationRequest(BaseModel):
         """Whether the stream ends with a chunk that holds the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, defaults: DecodingDefaults, max_tokens: int) -> SamplingParams:
-        """The settings asked for; what is left open comes from `defaults`. `stop: []` asks for no stop strings."""
-        return defaults.params(
-            max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, stop=self.stop
-        )
+    @property
+    def candidates(self) -> int:
+        """Completions to generate for each prompt."""
+        return self.n or 1
+
+    def settings(self) -> dict[str, Any]:
+        """The decoding settings that the request brings itself, by the names of SamplingParams and transformers."""
+        return self.model_dump(include=_SETTINGS, exclude_none=True)
+
+
+_SETTINGS = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "logit_bias",
+    "seed",
+    "min_tokens",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "stop",
+    "stop_token_ids",
+}
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is kept as a list of texts and token lists, whatever form it came in."""
 
-    prompt: list[Prompt]
+    prompt: list[Prompt] = Field(json_schema_extra=_PROMPT_SCHEMA)
+    echo: bool | None = None
+    """Give the prompt back before the completion; with `logprobs`, its tokens' probabilities too."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -146,15 +232,40 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Self:
-        if len(self.prompt) * (self.n or 1) > MAX_COMPLETIONS:
+        if len(self.prompt) * self.candidates > MAX_COMPLETIONS:
             raise PydanticCustomError(
                 "invalid_value", f"prompts times `n` may be at most {MAX_COMPLETIONS}", {"param": "n"}
             )
         return self
 
-    def token_limit(self, defaults: DecodingDefaults, room: int) -> int:
+    @model_validator(mode="after")
+    def _best_of_fits(self) -> Self:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise PydanticCustomError("invalid_value", "`best_of` must be at least `n`", {"param": "best_of"})
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise PydanticCustomError("invalid_value", "`best_of` above `n` cannot be streamed", {"param": "best_of"})
+        return self
+
+    @model_validator(mode="after")
+    def _generates_something(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("invalid_value", "`max_tokens` 0 needs `echo`", {"param": "max_tokens"})
+        return self
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def top_tokens(self) -> int | None:
+        """Alternatives to give for each token; None: no probabilities at all."""
+        return self.logprobs
+
+    def token_limit(self, default: int | None, room: int) -> int:
         """Tokens to generate at most: as asked, else the model's own default or OpenAI's 16, within the `room` left."""
-        return self.max_tokens or max(1, min(defaults.max_tokens or DEFAULT_MAX_TOKENS, room))
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return max(1, min(default or DEFAULT_MAX_TOKENS, room))
 
 
 class TextPart(BaseModel):
@@ -196,7 +307,10 @@ class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=_INT32)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -208,10 +322,23 @@ class ChatCompletionRequest(GenerationRequest):
             )
         return self
 
-    def token_limit(self, defaults: DecodingDefaults, room: int) -> int:
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "invalid_value", "`top_logprobs` needs `logprobs: true`", {"param": "top_logprobs"}
+            )
+        return self
+
+    @property
+    def top_tokens(self) -> int | None:
+        """Alternatives to give for each token; None: no probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def token_limit(self, default: int | None, room: int) -> int:
         """Tokens to generate at most: as asked, else the model's own default within the `room` left, else all of it."""
         asked = self.max_completion_tokens or self.max_tokens
-        return asked or max(1, min(defaults.max_tokens or room, room))
+        return asked or max(1, min(default or room, room))
 
 
 def _is_unicode(values: dict[str, Any]) -> bool:

@@ -1,0 +1,100 @@
+"""The deployment that answers HTTP: it checks keys and requests, and passes them on to the replicas. Knows Ray Serve,
+not models: it imports none of the libraries that models need.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from heliostat.serving import logs
+from heliostat.serving.api import Front, create_app
+from heliostat.serving.applications import REPLICA
+from heliostat.serving.calls import Message, Resumed
+from heliostat.serving.config import EndpointArgs
+from heliostat.serving.routing import Busy, ReplicaLost, Request, Router, Version
+
+logger = logging.getLogger(__name__)
+
+# Seconds until a director that is away is asked again.
+RETRY_S = 0.5
+# Streams that one gateway holds open at most; more wait in Serve's proxy.
+MAX_CONNECTIONS = 2048
+
+
+@serve.ingress()
+class Gateway:
+    """One process that answers HTTP for all models of an endpoint."""
+
+    async def __init__(self, args: EndpointArgs, director: DeploymentHandle) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        """Learn the routes; the gateway takes requests when all models are loaded."""
+        logs.setup()
+        self._handles: dict[str, DeploymentHandle] = {}
+        self._director = director
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._router = Router(self._call, timeout_s=args.request_timeout_s)
+        self._front = Front.of(args)
+        self._router.table = await director.table.remote(self._name, -1, {})
+        self._following = asyncio.create_task(self._follow())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application that Ray Serve puts behind its proxy."""
+        return create_app(self._router, self._front)
+
+    async def _follow(self) -> None:
+        """Keep the routes as they are at the director."""
+        while True:
+            outcomes = self._router.take_outcomes()
+            try:
+                self._router.table = await self._director.table.remote(
+                    self._name, self._router.table.generation, outcomes
+                )
+            except (RayError, RayServeException) as error:
+                logger.warning("the director cannot be asked (%s); the routes stay as they are", type(error).__name__)
+                await asyncio.sleep(RETRY_S)
+
+    async def _call(
+        self, version: Version, request: Request, resumed: Resumed, trace: Mapping[str, str]
+    ) -> AsyncGenerator[Message]:
+        """See routing.Call.
+
+        Raises:
+            ReplicaLost, Busy: see there.
+        """
+        response = self._handle(version.app).remote(request, resumed, trace)
+        try:
+            async for message in response:
+                yield message
+        except BackPressureError as error:
+            raise Busy from error
+        except (RayActorError, RayServeException) as error:
+            raise ReplicaLost(type(error).__name__) from error
+        finally:
+            with contextlib.suppress(RayError):
+                response.cancel()
+
+    def _handle(self, app: str) -> DeploymentHandle:
+        if app not in self._handles:
+            handle = serve.get_deployment_handle(REPLICA, app)
+            self._handles[app] = handle.options(method_name="answer", stream=True)
+        return self._handles[app]
+
+
+def deployment(args: EndpointArgs) -> Any:
+    """The gateways of an endpoint, to be bound to `args` and a director."""
+    return serve.deployment(
+        Gateway,
+        name="Gateway",
+        num_replicas=args.gateways,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MAX_CONNECTIONS,
+        graceful_shutdown_timeout_s=args.drain_timeout_s,
+        logging_config=logs.logging_config(),
+    )

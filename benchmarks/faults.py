@@ -248,11 +248,12 @@ def main() -> None:
     options = parser.parse_args()
     names = list(SCENARIOS) if "all" in options.scenarios else options.scenarios
     figures = {}
-    with tempfile.TemporaryDirectory(prefix="heliostat-faults-") as home, cluster.connected():
+    with tempfile.TemporaryDirectory(prefix="heliostat-faults-") as home:
         os.environ["HELIOSTAT_HOME"] = home
-        for name in names:
-            figures[name] = measure(name, options.size)
-            print(name, json.dumps(figures[name], indent=2), flush=True)
+        with cluster.connected():
+            for name in names:
+                figures[name] = measure(name, options.size)
+                print(name, json.dumps(figures[name], indent=2), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

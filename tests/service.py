@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import httpx2
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from heliostat.models.base import InferenceModel
-from heliostat.serving.api import Front, create_app
+from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.generation import Request, answer
@@ -36,12 +36,13 @@ def router_of(served: ServedModel, args: EndpointArgs, number: str | None = None
 @asynccontextmanager
 async def application(
     loaded: InferenceModel, args: EndpointArgs | None = None
-) -> AsyncIterator[tuple[ServedModel, FastAPI]]:
+) -> AsyncIterator[tuple[ServedModel, ASGIApp]]:
     """A served model named `tiny`, and its application."""
     args = args or EndpointArgs(**SIZES)
     served = await ServedModel.start(loaded, "tiny", args)
     try:
-        yield served, create_app(router_of(served, args), Front.of(args))
+        front = Front.of(args)
+        yield served, guarded(create_app(router_of(served, args), front), front)
     finally:
         served.close()
 

@@ -56,6 +56,17 @@ def connect() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or _embedded()
 
 
+def environment() -> dict[str, str]:
+    """The variables with which another process uses this store.
+
+    A URI with a password is left out: the variables of Ray's actors are shown by its dashboard. The machines of a
+    cluster must have it of their own.
+    """
+    uris = {name: os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    given = {name: uri for name, uri in uris.items() if uri and shown(uri) == uri}
+    return {"HELIOSTAT_HOME": str(state.folder()), **given}
+
+
 def client() -> MlflowClient:
     """A client of the store.
 

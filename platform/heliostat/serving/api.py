@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from heliostat.serving import access, logs, metrics, openapi, pages, tracing
 from heliostat.serving.answers import ChatWire, CompletionWire
@@ -19,6 +20,7 @@ from heliostat.serving.routing import Router, card
 from heliostat.serving.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+_ENDPOINTS: dict[str, metrics.Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Front:
 
 
 def create_app(router: Router, front: Front) -> FastAPI:
-    """The application with all routes; errors come in OpenAI's form."""
+    """The application with all routes; errors come in OpenAI's form. It relies on what `guarded` puts around it."""
     app = FastAPI(title="Heliostat", docs_url=None, redoc_url=None)
     openapi.describe(app)
     _add_models(app, router)
@@ -66,8 +68,17 @@ def create_app(router: Router, front: Front) -> FastAPI:
         return Response(await metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _install_error_handlers(app)
-    app.add_middleware(access.protect, ring=front.keys, max_body_bytes=front.max_body_bytes)
     return app
+
+
+def guarded(app: FastAPI, front: Front) -> ASGIApp:
+    """The application behind what checks keys, limits and bodies."""
+
+    def refused(path: str, status: int) -> None:
+        if path in _ENDPOINTS:
+            front.metrics.request(None, _ENDPOINTS[path]).rejected(metrics.rejection(status))
+
+    return access.protect(app, front.keys, front.max_body_bytes, refused)
 
 
 def _add_models(app: FastAPI, router: Router) -> None:

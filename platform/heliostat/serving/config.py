@@ -90,7 +90,7 @@ class EndpointArgs(StrictModel):
     """Processes that answer HTTP: they check keys and requests, and pass on to the replicas."""
     api_keys: str | None = None
     """File of API keys (`heliostat keys add FILE NAME`); without, everybody who reaches the endpoint may use it."""
-    max_body_bytes: PositiveInt = 4 << 20
+    max_body_bytes: int = Field(4 << 20, ge=1, le=32 << 20)
     max_prompt_tokens: PositiveInt | None = None
     """Longer prompts are refused, even where the model could take them."""
     playground: bool = True

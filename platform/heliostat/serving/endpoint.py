@@ -4,11 +4,13 @@
 parameter by inspection, so this module must not postpone the evaluation of annotations.
 """
 
+from collections.abc import Mapping
+
 from ray import serve
 from ray.serve import Application
 
 from heliostat.errors import ConfigError
-from heliostat.serving import gateway
+from heliostat.serving import gateway, tracing
 from heliostat.serving.applications import DIRECTOR
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.keys import KeyRing
@@ -17,10 +19,20 @@ from heliostat.serving.rollout import Director
 
 
 def build(args: EndpointArgs) -> Application:
-    """The Serve application for `args`.
+    """The Serve application for `args`, in the environment that the cluster's nodes have.
 
     Raises:
-        ConfigError: `args` names no model, or two of the same name; the file of API keys is wrong.
+        ConfigError: see `application`.
+    """
+    return application(args, {})
+
+
+def application(args: EndpointArgs, environment: Mapping[str, str]) -> Application:
+    """The Serve application for `args`. `environment`: variables that tell its processes where the registry is.
+
+    Raises:
+        ConfigError: `args` names no model, or two of the same name; the file of API keys is wrong; tracing is asked for
+            and not installed.
     """
     if not args.all_models():
         raise ConfigError("`model` is missing from the endpoint's args; give models:/NAME@ALIAS or a bundle folder")
@@ -29,15 +41,16 @@ def build(args: EndpointArgs) -> Application:
         raise ConfigError("two of the endpoint's `models` have the same name; give each its own `model_id`")
     if args.api_keys:
         KeyRing(args.api_keys)
+    tracing.check(args.tracing)
     director = serve.deployment(
         Director,
         name=DIRECTOR,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(environment)}},
         # Gateways and replicas ask and tell all the time; none of that is work.
         max_ongoing_requests=10_000,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=5,
         logging_config=logging_config(),
     )
-    return gateway.deployment(args).bind(args, director.bind(args))
+    return gateway.deployment(args).bind(args, director.bind(args, environment))

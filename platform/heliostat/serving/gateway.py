@@ -8,14 +8,14 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
 from heliostat.serving import logs
-from heliostat.serving.api import Front, create_app
+from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.applications import REPLICA
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import EndpointArgs
@@ -44,9 +44,9 @@ class Gateway:
         self._router.table = await director.table.remote(self._name, -1, {})
         self._following = asyncio.create_task(self._follow())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Ray Serve puts behind its proxy."""
-        return create_app(self._router, self._front)
+        return guarded(create_app(self._router, self._front), self._front)
 
     async def _follow(self) -> None:
         """Keep the routes as they are at the director."""

@@ -6,7 +6,6 @@ Ray must be connected already (`heliostat.cluster.connect`).
 import contextlib
 import io
 import socket
-import ssl
 import time
 import urllib.error
 import urllib.request
@@ -17,10 +16,11 @@ from ray import serve
 
 from heliostat import cluster
 from heliostat.errors import HeliostatError, ResourceError
-from heliostat.serving import applications, bind, rollout
+from heliostat.registry import store
+from heliostat.serving import applications, bind, edge, rollout
 from heliostat.serving.applications import APPLICATION
 from heliostat.serving.config import EndpointArgs, ServingConfig
-from heliostat.serving.endpoint import build
+from heliostat.serving.endpoint import application
 from heliostat.serving.logs import QUIET, logging_config
 
 # The model is loaded when Serve reports the application as running; what is left is the proxy learning its route.
@@ -63,9 +63,11 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
     scheme = "https" if config.ssl_certfile else "http"
     origin = f"{scheme}://{_bracketed(config.host)}:{config.port}"
     try:
-        serve.start(http_options=_http_options(config), logging_config=QUIET)
-        applications.run(build(args), APPLICATION, "/", logging_config())
-        _wait_until_healthy(f"{origin}/health")
+        # The proxies inherit the controller's environment, which says what guards them.
+        guards = {"runtime_env": {"env_vars": edge.PROXY_ENVIRONMENT}}
+        serve.start(http_options=_http_options(config), controller_options=guards, logging_config=QUIET)
+        applications.run(application(args, store.environment()), APPLICATION, "/", logging_config())
+        _wait_until_healthy(f"{origin}/health", config.ssl_certfile)
     except BaseException:
         serve.shutdown()
         raise
@@ -83,9 +85,8 @@ def _http_options(config: ServingConfig) -> dict[str, Any]:
     return {"host": config.host, "port": config.port, **tls}
 
 
-def _wait_until_healthy(url: str) -> None:
-    # Whether the certificate is right is for clients to judge: this only asks our own process whether it is up.
-    context = ssl._create_unverified_context()
+def _wait_until_healthy(url: str, certificate: str | None) -> None:
+    context = bind.trusting(certificate) if certificate else None
     deadline = time.monotonic() + ROUTE_TIMEOUT_S
     while time.monotonic() < deadline:
         try:

@@ -107,16 +107,25 @@ class Replica:
 
 
 def application(
-    reference: str, model_id: str, version: str, args: EndpointArgs, director: DeploymentHandle | None = None
+    reference: str,
+    model_id: str,
+    version: str,
+    args: EndpointArgs,
+    environment: Mapping[str, str],
+    director: DeploymentHandle | None = None,
 ) -> Application:
-    """The Serve application of one version. Names and values are those of `Replica`."""
+    """The Serve application of one version. `environment`: variables of its processes; the rest is as in `Replica`."""
     scaling = args.autoscaling
     deployment = serve.deployment(
         Replica,
         name=REPLICA,
         num_replicas=None if scaling else args.num_replicas,
         autoscaling_config=scaling.model_dump() if scaling else None,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "runtime_env": {"env_vars": dict(environment)},
+        },
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         max_constructor_retry_count=args.max_constructor_retry_count,

@@ -126,8 +126,10 @@ def _digest(text: str) -> str:
 class Director:
     """Follows all models of an endpoint, and tells the gateways where requests go."""
 
-    async def __init__(self, args: EndpointArgs) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        """Load all models.
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, args: EndpointArgs, environment: Mapping[str, str]
+    ) -> None:
+        """Load all models, in replicas that have the variables of `environment`.
 
         Raises:
             UserError: one cannot be found, trusted, loaded or run. Nothing that was started for it is left.
@@ -139,7 +141,7 @@ class Director:
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._beats: dict[tuple[str, str], tuple[bool, float]] = {}
         self._metrics = RolloutMetrics(RayRecorder())
-        self._followers = [_Follower(model, args, self) for model in args.all_models()]
+        self._followers = [_Follower(model, args, environment, self) for model in args.all_models()]
         await asyncio.gather(*(follower.start() for follower in self._followers))
         self._tasks = [asyncio.create_task(follower.run()) for follower in self._followers]
         self._tasks.append(asyncio.create_task(self._watch_health()))
@@ -204,9 +206,12 @@ class Director:
 class _Follower:
     """One model: its route, and the way from one version to the next."""
 
-    def __init__(self, model: ModelArgs, args: EndpointArgs, director: Director) -> None:
+    def __init__(
+        self, model: ModelArgs, args: EndpointArgs, environment: Mapping[str, str], director: Director
+    ) -> None:
         self._model = model
         self._args = args
+        self._environment = environment
         self._director = director
         self._route: Route | None = None
         self._refused: str | None = None
@@ -304,7 +309,9 @@ class _Follower:
 
     async def _deploy(self, target: Target, app: str) -> None:
         director = serve.get_deployment_handle(DIRECTOR, APPLICATION)
-        version = application(target.reference, target.id, target.version or "", self._args, director)
+        version = application(
+            target.reference, target.id, target.version or "", self._args, self._environment, director
+        )
         try:
             async with asyncio.timeout(self._args.startup_timeout_s):
                 await asyncio.to_thread(applications.run, version, app, None, logs.logging_config())

@@ -160,6 +160,58 @@ def test_sampling_draws_what_generate_draws(loaded: Loaded, extra: dict[str, Any
     run(loaded, test)
 
 
+def test_what_the_engine_can_do_holds_here_too(loaded: Loaded) -> None:
+    params = SamplingParams(
+        24,
+        repetition_penalty=1.2,
+        min_tokens=9,
+        logit_bias={0: 6.0, 65: 3.0},
+        stop_token_ids=(40, 41, 42),
+        extra={"no_repeat_ngram_size": 2},
+    )
+    theirs = {
+        "repetition_penalty": 1.2,
+        "min_new_tokens": 9,
+        "sequence_bias": [[[0], 6.0], [[65], 3.0]],
+        "eos_token_id": [0, 40, 41, 42],
+        "no_repeat_ngram_size": 2,
+    }
+    given = prompts(8, 30, seed=9)
+    whole = [alone(loaded, prompt, 24, **theirs) for prompt in given]
+    expected = [new[: next((i + 1 for i, token in enumerate(new) if token in (0, 40, 41, 42)), 24)] for new in whole]
+
+    async def test(lane: Watched) -> None:
+        assert await asyncio.gather(*(tokens(lane, prompt, params) for prompt in given)) == expected
+
+    run(loaded, test)
+
+
+def test_a_seeded_request_is_alone_in_its_batch_and_leaves_the_generator_as_it_was(loaded: Loaded) -> None:
+    seeded = SamplingParams(12, temperature=1.5, seed=3, extra={"typical_p": 0.9})
+
+    async def test(lane: Watched) -> None:
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        lane.may_start.clear()
+        jobs = [asyncio.create_task(tokens(lane, [9, 8], seeded)) for _ in range(3)]
+        await until(lambda: lane.in_flight == 3)
+        lane.may_start.set()
+        first, *others = await asyncio.gather(*jobs)
+        assert others == [first, first]
+        assert [len(batch) for batch in lane.batches] == [1, 1, 1]
+        assert torch.equal(torch.get_rng_state(), before)
+
+    run(loaded, test)
+
+
+def test_a_vanishing_temperature_is_greedy_not_an_error(loaded: Loaded) -> None:
+    async def test(lane: Watched) -> None:
+        cold = SamplingParams(12, temperature=1e-300, extra={"typical_p": 0.99})
+        assert await tokens(lane, [9, 8], cold) == alone(loaded, [9, 8], 12)
+
+    run(loaded, test)
+
+
 def test_the_bundles_own_settings_are_not_added_to_those_of_a_request(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from heliostat.serving.calls import Delta, TokenLogprob
 
 Tokens = Sequence[TokenLogprob]
+PARTIAL = "\ufffd"
+"""What stands for bytes that are no character by themselves."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,7 @@ class CompletionWire:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                None if token.logprob is None else {text: logprob for _, text, logprob in token.top} for token in tokens
-            ],
+            "top_logprobs": [None if token.logprob is None else _by_text(token) for token in tokens],
             "text_offset": offsets,
         }
 
@@ -148,5 +148,14 @@ class ChatWire(CompletionWire):
         return {"content": content, "refusal": None}
 
 
+def _by_text(token: TokenLogprob) -> dict[str, float | None]:
+    """The likeliest tokens and the one that was picked. Of several with the same text, the likeliest counts."""
+    found: dict[str, float | None] = {}
+    for text, logprob in (*((text, logprob) for _, text, logprob in token.top), (token.text, token.logprob)):
+        found.setdefault(text, logprob)
+    return found
+
+
 def _token(text: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    """The bytes are null where the token is no text by itself, but a part of a character."""
+    return {"token": text, "logprob": logprob, "bytes": None if PARTIAL in text else list(text.encode())}

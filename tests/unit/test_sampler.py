@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
+from heliostat.serving import sampler as sampler_module
 from heliostat.serving.sampler import LOWEST, ROW, Row, Sampler, draw, likeliest, warp
 from heliostat.serving.sampling import SamplingParams
 
@@ -64,10 +65,16 @@ CUTS = [
 ]
 
 
-def test_warps_as_transformers_does_row_by_row() -> None:
+@pytest.mark.parametrize("few", [1, 8, 256])
+def test_warps_as_transformers_does_row_by_row(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    monkeypatch.setattr(sampler_module, "_FEW", few)
     scores = random_scores(len(CUTS))
     rows = [SamplingParams(1, temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in CUTS]
     together = warp(scores, rows).softmax(dim=-1)
+    # Together, one row that needs more makes all be sorted; alone, each goes its own way.
+    assert torch.equal(
+        together, torch.cat([warp(scores[i : i + 1], rows[i : i + 1]) for i in range(len(rows))]).softmax(-1)
+    )
     for row, (temperature, top_k, top_p, min_p) in enumerate(CUTS):
         warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         warpers += [TopKLogitsWarper(top_k)] if top_k else []

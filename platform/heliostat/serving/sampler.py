@@ -19,6 +19,8 @@ ROW = "row"
 LOWEST = -9999.0
 """What stands for a log-probability of minus infinity, which JSON cannot hold; OpenAI's own stand-in."""
 
+_FEW = 1024
+
 
 class Record(NamedTuple):
     """A token that was picked, its log-probability, and the likeliest tokens in its place: (id, log-probability).
@@ -189,8 +191,9 @@ def warp(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor
     min_p = column([row.min_p for row in params], scores.dtype)
     temperature = column([row.temperature for row in params], scores.dtype)
     scaled = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
-    if bool(((top_k < vocabulary) | (top_p < 1)).any()):
-        scaled = _cut_tail(scaled, top_k, top_p)
+    cut = ((top_k < vocabulary) | (top_p < 1))[:, 0]
+    if bool(cut.any()):
+        scaled[cut] = _cut_tail(scaled[cut], top_k[cut], top_p[cut])
     if bool((min_p > 0).any()):
         probabilities = scaled.softmax(dim=-1)
         unlikely = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
@@ -201,12 +204,19 @@ def warp(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor
 def _cut_tail(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Keep the `top_k` best tokens, and of these the fewest that together reach probability `top_p`.
 
-    Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751.
+    Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751. A few best tokens are nearly always enough to see where
+    the cut is, and sorting a whole vocabulary takes ten times longer.
     """
-    ordered, order = scores.sort(dim=-1, descending=True)
-    beyond = torch.arange(scores.shape[1], device=scores.device) >= top_k
-    ordered = ordered.masked_fill(beyond, -torch.inf)
-    probabilities = ordered.softmax(dim=-1)
+    vocabulary = scores.shape[1]
+    few = min(_FEW, vocabulary)
+    ordered, order = scores.topk(few, dim=-1)
+    total = scores.logsumexp(dim=-1, keepdim=True)
+    mass = (ordered - total).exp().sum(dim=-1, keepdim=True)
+    if not bool(((top_k <= few) | ((top_k == vocabulary) & (mass >= top_p))).all()):
+        ordered, order = scores.sort(dim=-1, descending=True)
+    ordered = ordered.masked_fill(torch.arange(ordered.shape[1], device=scores.device) >= top_k, -torch.inf)
+    total = torch.where(top_k < vocabulary, ordered.logsumexp(dim=-1, keepdim=True), total)
+    probabilities = (ordered - total).exp()
     before = probabilities.cumsum(dim=-1) - probabilities
     cut = (before >= top_p) & (top_p < 1)
     cut[:, 0] = False

@@ -19,6 +19,8 @@ from heliostat.serving.routing import Request, Router
 from heliostat.serving.tracing import Attempt, RequestTrace
 
 logger = logging.getLogger(__name__)
+# Codes of errors that are neither the client's fault nor for lack of room.
+_FAULTS = ("engine_failed", "internal_error")
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,10 @@ class Exchange:
     def _add(self, message: Accepted | Refused | Deltas) -> Deltas:
         if not isinstance(message, list):
             raise unexpected()
-        if self.meter.time_to_first_token is None:
-            self.trace.first_token()
-        self.meter.tokens(sum(len(delta.token_ids) for _, delta in message))
+        if count := sum(len(delta.token_ids) for _, delta in message):
+            if self.meter.time_to_first_token is None:
+                self.trace.first_token()
+            self.meter.tokens(count)
         for index, delta in message:
             self._choices[index].add(delta)
         return message
@@ -179,7 +182,12 @@ class Exchange:
 
     async def _end(self, problem: BaseException | None) -> None:
         """Free what the request holds, and record how it ended."""
-        await self._messages.aclose()
+        try:
+            await self._messages.aclose()
+        finally:  # where a client's leaving cancels whatever waits, too
+            self._record(problem)
+
+    def _record(self, problem: BaseException | None) -> None:
         reasons = tuple(choice.finish_reason for choice in self._choices if choice.finish_reason)
         usage = self._usage() if self._accepted else Usage(0, 0)
         code = _code(problem)
@@ -189,15 +197,16 @@ class Exchange:
         else:
             self._count(problem)
             self.trace.failed(code)
-        logs.log_request(self._line(_status(problem), usage, reasons, code))
+        begun = self.request.stream and self._accepted is not None and not _is_gone(problem)
+        logs.log_request(self._line(200 if begun else _status(problem), usage, reasons, code))
 
     def _count(self, problem: BaseException | None) -> None:
         if _is_gone(problem):
             self.meter.cancelled()
-        elif self._accepted is not None:
-            self.meter.failed()
+        elif self._accepted is None and isinstance(problem, ApiError) and problem.code not in _FAULTS:
+            self.meter.rejected(rejection(problem.status))
         else:
-            self.meter.rejected(rejection(_status(problem)))
+            self.meter.failed()
 
     def _line(self, status: int, usage: Usage, reasons: tuple[str, ...], code: str | None) -> logs.RequestLine:
         first = self.meter.time_to_first_token
@@ -214,6 +223,7 @@ class Exchange:
             finish_reasons=reasons,
             ttft_ms=None if first is None else round(first * 1000, 1),
             resumed=max(0, self._attempts - 1) or None,
+            trace_id=self.trace.trace_id,
             error=code,
         )
 

@@ -1,9 +1,14 @@
 """The HTTP application in front of a real model, in this process: the gateway's code and the replica's, without Ray."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx2
+import openai
 from starlette.types import ASGIApp
 
 from heliostat.models.base import InferenceModel
@@ -15,6 +20,7 @@ from heliostat.serving.replica import about
 from heliostat.serving.routing import Route, Router, Table, Version
 from heliostat.serving.served import ServedModel
 
+T = TypeVar("T")
 SIZES = {"max_batch_tokens": 64, "cache_tokens": 4096, "max_ongoing_requests": 8}
 
 
@@ -35,13 +41,13 @@ def router_of(served: ServedModel, args: EndpointArgs, number: str | None = None
 
 @asynccontextmanager
 async def application(
-    loaded: InferenceModel, args: EndpointArgs | None = None
+    loaded: InferenceModel, args: EndpointArgs | None = None, front: Front | None = None
 ) -> AsyncIterator[tuple[ServedModel, ASGIApp]]:
-    """A served model named `tiny`, and its application."""
+    """A served model named `tiny`, and its application; `front` is that of `args` where none is given."""
     args = args or EndpointArgs(**SIZES)
     served = await ServedModel.start(loaded, "tiny", args)
     try:
-        front = Front.of(args)
+        front = front or Front.of(args)
         yield served, guarded(create_app(router_of(served, args), front), front)
     finally:
         served.close()
@@ -49,10 +55,62 @@ async def application(
 
 @asynccontextmanager
 async def service(
-    loaded: InferenceModel, args: EndpointArgs | None = None
+    loaded: InferenceModel, args: EndpointArgs | None = None, front: Front | None = None
 ) -> AsyncIterator[tuple[ServedModel, httpx2.AsyncClient]]:
     """The same, and a client that talks to it without a network."""
-    async with application(loaded, args) as (served, app):
-        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://endpoint/v1") as client:
-            yield served, client
+    async with application(loaded, args, front) as (served, app), connected(app) as client:
+        yield served, client
+
+
+def connected(app: ASGIApp) -> httpx2.AsyncClient:
+    """A client of the application; it does not see what the application raises, only what it answers."""
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    return httpx2.AsyncClient(transport=transport, base_url="http://endpoint/v1")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service on an event loop of its own, which stands still between the calls: one for many tests."""
+
+    runner: asyncio.Runner
+    served: ServedModel
+    http: httpx2.AsyncClient
+
+    @property
+    def client(self) -> openai.AsyncOpenAI:
+        """OpenAI's own client."""
+        url = str(self.http.base_url)
+        return openai.AsyncOpenAI(api_key="none", base_url=url, http_client=self.http, max_retries=0)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of the work, which has to leave no generation behind."""
+        found = self.runner.run(work)
+        assert self.served.in_flight == 0
+        return found
+
+    def post(self, path: str, **body: Any) -> httpx2.Response:
+        """The answer to one request, for `tiny` unless it names another model."""
+        return self.run(self.http.post(path, json={"model": "tiny", **body}))
+
+    def get(self, path: str, **options: Any) -> httpx2.Response:
+        """The answer to a GET."""
+        return self.run(self.http.get(path, **options))
+
+
+@contextmanager
+def running(loaded: InferenceModel, args: EndpointArgs | None = None, front: Front | None = None) -> Iterator[Running]:
+    """See Running."""
+    with asyncio.Runner() as runner:
+        open_service = service(loaded, args, front)
+        served, http = runner.run(open_service.__aenter__())
+        try:
+            yield Running(runner, served, http)
+        finally:
+            runner.run(open_service.__aexit__(None, None, None))
+
+
+def events(response: httpx2.Response) -> list[Any]:
+    """The events of a stream, each parsed; the last is "[DONE]" if it ended well."""
+    assert response.headers["content-type"].startswith("text/event-stream"), response.text
+    parts = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [part if part == "[DONE]" else json.loads(part) for part in parts]

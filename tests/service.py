@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,8 +30,9 @@ def router_of(served: ServedModel, args: EndpointArgs, number: str | None = None
     async def call(
         version: Version, request: Request, resumed: Resumed, trace: Mapping[str, str]
     ) -> AsyncGenerator[Message]:
-        async for message in answer(served, request, resumed, args.max_prompt_tokens):
-            yield message
+        async with aclosing(answer(served, request, resumed, args.max_prompt_tokens)) as messages:
+            async for message in messages:
+                yield message
 
     router = Router(call, timeout_s=args.request_timeout_s)
     version = Version("app", number, 0, **about(served))

@@ -8,11 +8,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from heliostat.serving import access, logs, metrics, openapi, pages, tracing
 from heliostat.serving.answers import ChatWire, CompletionWire
 from heliostat.serving.config import EndpointArgs
+from heliostat.serving.edge import path_of
 from heliostat.serving.exchange import Exchange, Origin, unexpected
 from heliostat.serving.keys import Key, KeyRing
 from heliostat.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, explain
@@ -48,6 +49,11 @@ class Front:
             playground=args.playground,
         )
 
+    def refused(self, path: str, status: int) -> None:
+        """Count a request that was refused before any model was asked."""
+        if path in _ENDPOINTS:
+            self.metrics.request(None, _ENDPOINTS[path]).rejected(metrics.rejection(status))
+
 
 def create_app(router: Router, front: Front) -> FastAPI:
     """The application with all routes; errors come in OpenAI's form. It relies on what `guarded` puts around it."""
@@ -61,24 +67,19 @@ def create_app(router: Router, front: Front) -> FastAPI:
     @app.get("/health", include_in_schema=False)
     async def health() -> Response:
         routes = router.table.routes.values()
-        return Response(status_code=200 if all(route.stable.healthy for route in routes) else 503)
+        return Response(status_code=200 if routes and all(route.stable.healthy for route in routes) else 503)
 
     @app.get("/metrics", include_in_schema=False)
     async def exposition() -> Response:
         return Response(await metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    _install_error_handlers(app)
+    _install_error_handlers(app, front)
     return app
 
 
 def guarded(app: FastAPI, front: Front) -> ASGIApp:
     """The application behind what checks keys, limits and bodies."""
-
-    def refused(path: str, status: int) -> None:
-        if path in _ENDPOINTS:
-            front.metrics.request(None, _ENDPOINTS[path]).rejected(metrics.rejection(status))
-
-    return access.protect(app, front.keys, front.max_body_bytes, refused)
+    return access.protect(app, front.keys, front.max_body_bytes, front.refused)
 
 
 def _add_models(app: FastAPI, router: Router) -> None:
@@ -108,8 +109,12 @@ def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
         http: Request, request: CompletionRequest | ChatCompletionRequest, wire: CompletionWire, kind: metrics.Endpoint
     ) -> Response:
         key: Key | None = http.state.key
-        access.require_model(key, request.model)
-        route, _ = router.table.find(request.model)
+        try:
+            access.require_model(key, request.model)
+            route, _ = router.table.find(request.model)
+        except ApiError as error:
+            front.refused(path_of(http.scope), error.status)
+            raise
         origin = Origin(http.state.request_id, key.name if key else None, http.url.path)
         meter = front.metrics.request(route.id, kind)
         operation: tracing.Operation = "chat" if kind == "chat" else "text_completion"
@@ -117,7 +122,7 @@ def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
         exchange = Exchange(router, request, wire, origin, meter, trace)
         await exchange.begin()
         if request.stream:
-            return StreamingResponse(exchange.events(), media_type="text/event-stream")
+            return _Stream(exchange)
         return JSONResponse(await exchange.whole())
 
     @app.post("/v1/completions", operation_id="create_completion", response_model=None)
@@ -131,18 +136,37 @@ def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
         return await respond(http, request, wire, "chat")
 
 
-def _install_error_handlers(app: FastAPI) -> None:
+class _Stream(StreamingResponse):
+    """The events of an exchange, which is over when the response is: also where no event was taken."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(exchange.events(), media_type="text/event-stream")
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events. A client that takes none and goes away leaves their generator where it is."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._exchange.close()
+
+
+def _install_error_handlers(app: FastAPI, front: Front) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return _error_response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> Response:
-        return _error_response(explain(error.errors()))
+    async def malformed(http: Request, error: RequestValidationError) -> Response:
+        problem = explain(error.errors())
+        front.refused(path_of(http.scope), problem.status)
+        return _error_response(problem)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        return _error_response(ApiError(error.status_code, str(error.detail)))
+        response = _error_response(ApiError(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -35,7 +35,7 @@ class Origin:
 
 @dataclass
 class Exchange:
-    """`begin`, then either `whole` or `events`."""
+    """`begin`, then either `whole` or `events`, and after those `close`."""
 
     router: Router
     request: Request
@@ -49,6 +49,7 @@ class Exchange:
     _messages: AsyncGenerator[Accepted | Refused | Broken | Deltas] = field(init=False)
     _accepted: Accepted | None = field(init=False, default=None)
     _choices: list[Choice] = field(init=False, default_factory=list)
+    _ended: bool = field(init=False, default=False)
 
     async def begin(self) -> None:
         """Find a replica that takes the request.
@@ -108,6 +109,10 @@ class Exchange:
             raise
         finally:
             await self._end(problem)
+
+    async def close(self) -> None:
+        """End an exchange whose events were not all read as one whose client is gone; any other has ended."""
+        await self._end(asyncio.CancelledError())
 
     async def _events(self) -> AsyncGenerator[str]:
         include_usage = self.request.include_usage
@@ -181,13 +186,11 @@ class Exchange:
         return self._accepted
 
     async def _end(self, problem: BaseException | None) -> None:
-        """Free what the request holds, and record how it ended."""
-        try:
-            await self._messages.aclose()
-        finally:  # where a client's leaving cancels whatever waits, too
-            self._record(problem)
-
-    def _record(self, problem: BaseException | None) -> None:
+        """Free what the request holds, and record how it ended; only the first end counts."""
+        if self._ended:
+            return
+        self._ended = True
+        await self._messages.aclose()
         reasons = tuple(choice.finish_reason for choice in self._choices if choice.finish_reason)
         usage = self._usage() if self._accepted else Usage(0, 0)
         code = _code(problem)

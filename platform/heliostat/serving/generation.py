@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heliostat.serving.admission import Overloaded
 from heliostat.serving.calls import Accepted, Broken, Delta, Deltas, Message, Refused, Resumed, TokenLogprob
@@ -35,10 +35,6 @@ async def answer(
         prompts = await _encode(served, request, max_prompt_tokens)
         jobs = [] if request.max_tokens == 0 else _jobs(served, request, prompts)
         accepted = await _accepted(served, request, prompts)
-    except InvalidRequest as error:
-        yield Refused(400, str(error), error.param, error.code)
-        return
-    try:
         async with aclosing(_run(served, jobs, resumed)) as deltas:
             # With the first deltas in hand: what is refused for lack of room is refused, not begun.
             first = await anext(deltas, None) if jobs else _nothing(accepted)
@@ -47,6 +43,8 @@ async def answer(
                 yield first
             async for more in deltas:
                 yield more
+    except InvalidRequest as error:
+        yield Refused(400, str(error), _own_name(request, error.param), error.code)
     except Overloaded as error:
         yield Refused(503, str(error), code="overloaded", retry_after=error.retry_after)
     except EngineFailed as error:
@@ -61,14 +59,19 @@ async def _encode(served: ServedModel, request: Request, limit: int | None) -> l
     else:
         prompts = [p if isinstance(p, list) else await served.prompts.text(p) for p in request.prompt]
     for ids in prompts:
+        served.check_prompt(ids)
         if limit is not None and len(ids) > limit:
-            name = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
             raise InvalidRequest(
                 f"the prompt has {len(ids)} tokens; this endpoint takes at most {limit}",
-                name,
+                "prompt",
                 code="context_length_exceeded",
             )
     return prompts
+
+
+def _own_name(request: Request, param: str) -> str:
+    """What a setting of the engine's is called in the request."""
+    return "messages" if param == "prompt" and isinstance(request, ChatCompletionRequest) else param
 
 
 def _jobs(served: ServedModel, request: Request, prompts: Sequence[list[int]]) -> list[Job]:
@@ -76,33 +79,31 @@ def _jobs(served: ServedModel, request: Request, prompts: Sequence[list[int]]) -
     found = []
     for number, ids in enumerate(prompts):
         limit = request.token_limit(served.defaults.max_tokens, served.max_length - len(ids))
-        settings = {**request.settings(), "logprobs": _top_tokens(request)}
-        params = served.defaults.params(limit, **settings)
-        several = params.extra.get("num_beams", 1) > 1 and params.temperature == 0
+        params = served.defaults.params(limit, **request.settings(), logprobs=request.top_tokens)
         first = number * request.candidates
-        if several and request.candidates > 1:
-            # Beams of one search differ; the same search twice would not.
-            params = served.defaults.params(limit, **settings, sequences=request.candidates)
-            found.append(Job(ids, params, first))
-            served.check(ids, params)
+        if request.candidates > 1 and params.temperature == 0 and params.extra.get("num_beams", 1) > 1:
+            # Beams of one search differ, and the best come first; the same search twice would give the same.
+            found.append(Job(ids, replace(params, sequences=request.candidates), first))
             continue
+        params = _ranked(params) if request.candidates > (request.n or 1) else params
         for candidate in range(request.candidates):
-            if params.seed is not None and candidate:
-                params = served.defaults.params(limit, **settings | {"seed": _following(params.seed)})
-            served.check(ids, params)
             found.append(Job(ids, params, first + candidate))
+            params = params if params.seed is None else replace(params, seed=_following(params.seed))
+    for job in found:
+        served.check(job.prompt_ids, job.params)
     return found
+
+
+def _ranked(params: SamplingParams) -> SamplingParams:
+    """The settings, with the log-probabilities that `best_of` ranks by."""
+    if params.extra:
+        raise InvalidRequest(f"`best_of` above `n` cannot be had together with `{min(params.extra)}`", "best_of")
+    return params if params.logprobs is not None else replace(params, logprobs=0)
 
 
 def _following(seed: int) -> int:
     """The seed of the next choice, within 64 bits."""
     return seed + 1 if seed < 2**63 - 1 else -(2**63)
-
-
-def _top_tokens(request: Request) -> int | None:
-    """Log-probabilities to compute: those asked for, or what `best_of` ranks by."""
-    ranked = request.candidates > (request.n or 1)
-    return 0 if request.top_tokens is None and ranked else request.top_tokens
 
 
 async def _accepted(served: ServedModel, request: Request, prompts: Sequence[list[int]]) -> Accepted:
@@ -113,11 +114,19 @@ async def _accepted(served: ServedModel, request: Request, prompts: Sequence[lis
     texts = tuple(served.prompts.decode(ids) for ids in prompts)
     if request.logprobs is None:
         return Accepted(tokens, choices, texts)
-    for ids in prompts:
-        served.check_prompt(ids)
-    scored = [await served.score(ids, request.logprobs) for ids in prompts]
+    scored = await _score(served, prompts, request.logprobs)
     rows = tuple(_with_first(served, ids, row) for ids, row in zip(prompts, scored, strict=True))
     return Accepted(tokens, choices, texts, rows)
+
+
+async def _score(served: ServedModel, prompts: Sequence[list[int]], top: int) -> list[list[TokenLogprob | None]]:
+    """All at once, so that they share batches. The first error ends them all."""
+    tasks = [asyncio.create_task(served.score(ids, top)) for ids in prompts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _with_first(

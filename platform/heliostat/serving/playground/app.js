@@ -42,7 +42,7 @@ async function refresh() {
 }
 
 async function useModel(pane, id) {
-  const card = models.find((one) => one.id === id) ?? models.find((one) => one.heliostat.status !== "loading") ?? models[0];
+  const card = models.find((one) => one.id === id) ?? models[0];
   if (!card) throw new Error("the endpoint has no model yet");
   if (!decoding.has(card.id)) decoding.set(card.id, await decodingOf(card.id));
   pane.use(card, decoding.get(card.id));

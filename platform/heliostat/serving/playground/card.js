@@ -4,14 +4,15 @@ import { make, rounded } from "./dom.js";
 
 /** Fill `element` with the card of a model. */
 export function showCard(element, card) {
-  const { reference, name, version, status, max_length: length, metrics, tags, canary, rejected } = card.heliostat;
+  const { reference, root, version, status, max_length: length, metrics, tags, canary, loading, rejected } = card.heliostat;
   const parts = [
-    make("h2", {}, name, " ", make("span", { className: "muted", textContent: version ? `version ${version}` : "" })),
+    make("h2", {}, root, " ", make("span", { className: "muted", textContent: version ? `version ${version}` : "" })),
     facts([["Follows", reference], ["Status", status], ["Context", `${length} tokens`]]),
   ];
   if (canary) {
     parts.push(make("p", { className: "callout", textContent: `Version ${canary.version} gets ${canary.percent}% of the requests.` }));
   }
+  if (loading) parts.push(make("p", { className: "callout", textContent: `Version ${loading} is being loaded.` }));
   for (const { version: other, reason } of rejected) {
     parts.push(make("p", { className: "callout problem", textContent: `Version ${other} was rejected: ${reason}` }));
   }
@@ -33,5 +34,5 @@ export function optionText(card) {
   const { version, reference, status } = card.heliostat;
   const [, alias] = reference.match(/^models:\/[^@]+@(.+)$/) ?? [];
   const follows = alias && !card.id.includes("@") ? ` · ${alias}, now version ${version}` : "";
-  return card.id + follows + (status === "ready" ? "" : ` (${status})`);
+  return card.id + follows + (status === "canary" ? " (canary)" : "");
 }

@@ -39,9 +39,9 @@ export class Pane {
 
   /** What the endpoint serves now. */
   setModels(cards) {
-    const groups = Map.groupBy(cards, (card) => card.heliostat.name);
+    const groups = Map.groupBy(cards, (card) => card.heliostat.root);
     this.#select.replaceChildren(...[...groups].map(([name, group]) => make("optgroup", { label: name },
-      ...group.map((card) => make("option", { value: card.id, textContent: optionText(card), disabled: card.heliostat.status === "loading" })))));
+      ...group.map((card) => make("option", { value: card.id, textContent: optionText(card) })))));
   }
 
   /** Use a model, with its defaults as /v1/decoding gives them. */

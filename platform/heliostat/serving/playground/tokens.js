@@ -34,12 +34,14 @@ export class TokenText {
   add(text, tokens) {
     this.#text += text;
     this.#waiting.push(...tokens);
-    while (this.#place());
+    while (this.#place(false));
     this.#tail.data = this.#text.slice(this.#placed);
   }
 
   /** The answer is over. A token that is left is the one that ended it. */
   end(finish) {
+    while (this.#place(true));
+    this.#tail.data = this.#text.slice(this.#placed);
     const [last, ...others] = this.#waiting;
     if (finish === "stop" && last && !others.length && this.#placed === this.#text.length) {
       this.#show(last, "end");
@@ -47,8 +49,8 @@ export class TokenText {
     }
   }
 
-  /** Put the first waiting token, or the fewest that are found together, behind those that have their place. */
-  #place() {
+  /** Put the first waiting token that is found behind those that have their place. `whole`: no more text comes. */
+  #place(whole) {
     for (const [index, token] of this.#waiting.entries()) {
       const at = this.#text.indexOf(token.text, this.#placed);
       const reach = (index + 1) * GAP;
@@ -58,8 +60,8 @@ export class TokenText {
         this.#take(token, at + token.text.length);
         return true;
       }
-      // Text that this token could be in may still be held back.
-      if (this.#text.length - this.#placed < reach) return false;
+      // The text that this token stands for may still be held back. A part of a character is in no text.
+      if (!whole && !token.text.includes("\ufffd") && this.#text.length - this.#placed < reach) return false;
     }
     return false;
   }

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from heliostat.errors import HeliostatError, ModelError, ResourceError
-from heliostat.serving import memory
+from heliostat.serving import attention, linears, memory
 from heliostat.serving.admission import Admission
 from heliostat.serving.admission import Overloaded as Overloaded
 from heliostat.serving.calls import Delta
@@ -137,6 +137,8 @@ class Engine:
         memory.check_cache(
             self._model.config.get_text_config(), self._cache_tokens, self._model.device, self._model.dtype
         )
+        attention.install()
+        await asyncio.to_thread(linears.arrange, self._model)
         manager = await asyncio.to_thread(self._new_manager)
         capacity = infer_max_single_request_tokens(manager.batch_processor.cache)
         self._max_length = min(_positions(self._model.config), capacity)

@@ -55,7 +55,7 @@ function checkChat() {
   const [chat, complete] = document.querySelectorAll('input[name="mode"]');
   chat.disabled = panes.some(({ card }) => card && !card.heliostat.chat);
   chat.parentElement.title = chat.disabled ? "The model has no chat template" : "";
-  if (!chosen("mode") || chat.disabled) (chat.disabled ? complete : chat).checked = true;
+  if (chat.disabled) complete.checked = true;
   showMode();
 }
 

@@ -54,9 +54,9 @@ export class Pane {
 
   showStrategy() {
     const count = Object.keys(this.settings.changed).length;
-    const edited = count ? ` · ${count} changed` : "";
+    const edited = count ? `${count} changed · ` : "";
     const button = this.element.querySelector(".pane-strategy");
-    button.textContent = this.settings.summary + edited;
+    button.textContent = edited + this.settings.summary;
     button.title = `${button.textContent}: show all settings`;
   }
 

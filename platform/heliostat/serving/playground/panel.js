@@ -6,6 +6,7 @@ import { SETTINGS } from "./settings.js";
 /** The controls, for one side at a time. */
 export class Panel {
   #rows = new Map();
+  #root;
   #settings;
   #own = make("p", { className: "note" });
   #others = make("p", { className: "note" });
@@ -13,6 +14,7 @@ export class Panel {
 
   /** `onChange` is called after each change. */
   constructor(root, onChange) {
+    this.#root = root;
     this.#onChange = onChange;
     root.append(this.#own);
     for (const [title, group] of Map.groupBy(SETTINGS, (one) => one.group)) {
@@ -26,6 +28,7 @@ export class Panel {
     this.#settings = settings;
     this.#rows.get("max_tokens").input.max = length;
     this.#refresh();
+    this.#root.hidden = false;
   }
 
   /** Point at the setting that the endpoint refused; no name clears it. */

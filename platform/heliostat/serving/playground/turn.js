@@ -77,7 +77,7 @@ export class Turn {
   #close(facts) {
     const words = facts.filter(Boolean).join(" · ");
     this.element.classList.remove("running");
-    this.#footer.replaceChildren(make("span", { textContent: words }), this.again);
+    this.#footer.replaceChildren(...(words ? [make("span", { textContent: words })] : []), this.again);
     return words;
   }
 }

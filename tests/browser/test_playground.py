@@ -425,6 +425,7 @@ def test_no_barrier_that_axe_knows(visitor: Visitor, endpoint_url: str, scheme: 
     page.wait_for_selector("#token:visible")
     result = axe.Axe().run(page)
     assert result.violations_count == 0, result.generate_report()
+    visit.screenshot(f"desktop-{scheme}-compare")
     page.mouse.move(5, 5)
     page.click("#show-code")
     result = axe.Axe().run(page)

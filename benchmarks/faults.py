@@ -59,13 +59,15 @@ async def answers(url: str, asked: list[dict[str, Any]]) -> dict[str, str]:
     return {each.prompt: each.text for each in ended}
 
 
+def processes(title: str) -> list[int]:
+    """Processes of this machine whose title begins so."""
+    found = psutil.process_iter(["cmdline"])
+    return [each.pid for each in found if " ".join(each.info["cmdline"] or []).startswith(title)]
+
+
 def replica_pids() -> list[int]:
-    """Processes of the replicas that run a model, on this machine."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if " ".join(process.info["cmdline"] or []).startswith(f"ray::ServeReplica:{VERSIONS}")
-    ]
+    """Processes of the replicas that run a model."""
+    return processes(f"ray::ServeReplica:{VERSIONS}")
 
 
 def all_running(count: int) -> bool:

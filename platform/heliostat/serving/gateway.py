@@ -77,7 +77,7 @@ class Gateway:
         except (RayActorError, RayServeException) as error:
             raise ReplicaLost(type(error).__name__) from error
         finally:
-            with contextlib.suppress(RayError):
+            with contextlib.suppress(RayError, RayServeException):
                 response.cancel()
 
     def _handle(self, app: str) -> DeploymentHandle:

@@ -15,6 +15,8 @@ from ray.serve.schema import LoggingConfig
 
 from heliostat.errors import ConfigError, ModelError, RegistryError, ResourceError
 
+# Errors shown of a chain of causes.
+_MAX_CHAIN = 16
 _PACKAGE = Path(__file__).parents[1]
 _SERVE = logging.getLogger("ray.serve")
 # Errors about what the operator wrote. Any other message may quote a request.
@@ -85,14 +87,23 @@ def describe(error: BaseException) -> str:
     return "\n".join(line for link, one in _chain(error) for line in (*link, *_lines(one)))
 
 
-def _chain(error: BaseException, link: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], BaseException]]:
-    """The error, those of a group, and what caused them, each after what links it to the one before."""
-    yield link, error
-    if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
-            yield from _chain(one, ("of which",))
-    if cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        yield from _chain(cause, ("caused by",))
+def _chain(error: BaseException) -> Iterator[tuple[tuple[str, ...], BaseException]]:
+    """The error, those of a group, and what caused them, each after what links it to the one before.
+
+    Each once: an error object that is raised again and again, as Ray's are, can come to be its own cause.
+    """
+    left: list[tuple[tuple[str, ...], BaseException]] = [((), error)]
+    seen: set[int] = set()
+    while left and len(seen) < _MAX_CHAIN:
+        link, one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield link, one
+        if cause := one.__cause__ or (None if one.__suppress_context__ else one.__context__):
+            left.append((("caused by",), cause))
+        if isinstance(one, BaseExceptionGroup):
+            left += [(("of which",), member) for member in reversed(one.exceptions)]
 
 
 def _lines(error: BaseException) -> Iterator[str]:

@@ -29,8 +29,6 @@ from heliostat.serving.sampling import DecodingDefaults
 from heliostat.serving.served import ServedModel
 from tests.conftest import REPOSITORY
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-
 SCREENSHOTS = REPOSITORY / ".artifacts" / "screenshots"
 CHROMIUM = "/usr/bin/chromium"
 # No sandbox: tests in a container run as root. The others keep the browser from calling home.
@@ -116,7 +114,7 @@ async def _endpoint(loaded: base.InferenceModel, key_file: Path) -> AsyncIterato
 
 
 @pytest.fixture(scope="package")
-def endpoint_urls(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
+def endpoint_urls(browser: Any, smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
     """Where the application listens."""
     loaded = base.load_for_inference(smollm2)
     key_file = tmp_path_factory.mktemp("keys") / "keys.json"
@@ -132,7 +130,8 @@ def endpoint_url(endpoint_urls: Urls) -> str:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium; tests skip where it is not installed."""
+    """Debian's Chromium; tests skip where it is not installed, or Playwright is not."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     if shutil.which(CHROMIUM) is None:
         pytest.skip(f"{CHROMIUM} is not there (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as started:
@@ -161,7 +160,7 @@ class Visit:
 
     def ready(self) -> None:
         """Wait until a model and its settings are there."""
-        playwright.expect(self.page.locator("#setting-temperature")).not_to_have_value("")
+        self.page.locator("#settings:not([hidden])").wait_for(state="attached")
 
     def bodies(self) -> list[dict[str, Any]]:
         """The generation requests so far."""

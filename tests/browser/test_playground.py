@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Urls, Visit, Visitor, playwright
+from tests.browser.conftest import Urls, Visit, Visitor
 
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 expect = playwright.expect
 # Milliseconds that an answer may take on a busy machine.
 PATIENCE = 60_000

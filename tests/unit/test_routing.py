@@ -204,6 +204,43 @@ def test_a_request_that_takes_too_long_ends() -> None:
     assert [type(message) for message in messages] == [Accepted, Broken]
 
 
+def test_a_request_that_waits_for_a_version_that_is_taken_out_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "LOOK_S", 0.001)
+    route = Route("cron", "models:/cron@champion", version("3"), canary=version("4"), percent=100)
+    asked: list[str] = []
+
+    async def call(
+        version: Version, request: Request, resumed: Resumed, trace: Mapping[str, str]
+    ) -> AsyncGenerator[Message]:
+        asked.append(version.app)
+        if version.name == "4":
+            made.table = Table(1, {"cron": Route("cron", "models:/cron@champion", route.stable)})
+            await asyncio.Event().wait()
+        async for message in Replicas()(version, request, resumed, trace):
+            yield message
+
+    made = router(call, route)
+    messages, watched = run(made)
+    assert texts(messages, 1) == ["a b c d "]
+    assert asked == ["app-4", "app-3"]
+    assert watched.ends == ["ReplicaLost", None]
+
+
+def test_an_answer_that_has_begun_is_finished_by_a_version_that_is_taken_out() -> None:
+    async def call(
+        version: Version, request: Request, resumed: Resumed, trace: Mapping[str, str]
+    ) -> AsyncGenerator[Message]:
+        async for message in Replicas()(version, request, resumed, trace):
+            yield message
+            made.table = Table(1, {"cron": Route("cron", "models:/cron@champion", version_of_now)})
+
+    version_of_now = version("4")
+    made = router(call)
+    messages, watched = run(made)
+    assert texts(messages, 1) == ["a b c d "]
+    assert watched.attempts == ["3"]
+
+
 def test_plain_ids_share_the_traffic_with_the_canary_and_pinned_ids_do_not() -> None:
     route = Route("cron", "models:/cron@champion", version("3"), canary=version("4"), percent=30)
     replicas = Replicas()

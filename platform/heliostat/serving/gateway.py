@@ -51,6 +51,7 @@ class Gateway:
     async def _follow(self) -> None:
         """Keep the routes as they are at the director."""
         while True:
+            self._handles = {app: handle for app, handle in self._handles.items() if app in self._router.table.apps()}
             outcomes = self._router.take_outcomes()
             try:
                 self._router.table = await self._director.table.remote(

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 6
 # Seconds before another attempt, doubled each time: a replica that dies takes a moment to be noticed.
 PAUSE_S = 0.1
+# How often a request that waits for its first message looks whether its version is still there.
+LOOK_S = 0.5
 RETRY_AFTER_S = 2.0
 
 Request = CompletionRequest | ChatCompletionRequest
@@ -87,6 +89,15 @@ class Table:
             if version is not None and version.name == number:
                 return route, version
         raise model_not_found(model)
+
+    def apps(self) -> set[str]:
+        """The applications of the versions that get requests."""
+        return {
+            version.app
+            for route in self.routes.values()
+            for version in (route.stable, route.canary)
+            if version is not None
+        }
 
     def ids(self) -> list[str]:
         """All ids that `find` takes: the plain ones, then the pinned ones."""
@@ -219,7 +230,7 @@ class Router:
         problem: str | None = "cancelled"
         try:
             async with aclosing(self._call(version, request, progress.resumed(), carrier)) as messages:
-                async for message in _until(deadline, messages):
+                async for message in self._until(deadline, version, messages):
                     if self._is_new(message, progress, version, watch):
                         yield message
             if not progress.over:
@@ -230,6 +241,30 @@ class Router:
             raise
         finally:
             watch.left(problem)
+
+    async def _until(
+        self, deadline: float, version: Version, messages: AsyncGenerator[Message]
+    ) -> AsyncGenerator[Message]:
+        """The messages, as long as they come before the deadline.
+
+        A version that is taken out may have had no replica left to answer at all, and Serve then waits for one for
+        ever. So until the first message, the table is looked at; an answer that has begun is finished.
+        """
+        first = asyncio.ensure_future(anext(messages, None))
+        try:
+            while not first.done():
+                if version.app not in self.table.apps():
+                    raise ReplicaLost("the version was taken out")
+                await asyncio.wait({first}, timeout=min(LOOK_S, max(0, deadline - time.monotonic())))
+                if not first.done() and time.monotonic() >= deadline:
+                    raise TimeoutError
+            message = first.result()
+        finally:
+            await _ended(first)
+        while message is not None:
+            yield message
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                message = await anext(messages, None)
 
     def _is_new(self, message: Message, progress: _Progress, version: Version, watch: Watch) -> bool:
         """Note the message; whether it is to be passed on.
@@ -256,6 +291,12 @@ class Router:
         return Broken(message) if progress.choices is not None else Refused(408, message, code="timeout")
 
 
+async def _ended(task: "asyncio.Future[Any]") -> None:
+    """End a task that may still run, and wait for that: a generator must not be closed while it is being read."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
 def _busy() -> Refused:
     message = "all replicas are busy; send the request again later"
     return Refused(503, message, code="overloaded", retry_after=RETRY_AFTER_S)
@@ -266,17 +307,6 @@ def _given_up(progress: _Progress) -> Refused | Broken:
     if progress.choices is not None:
         return Broken(message)
     return Refused(503, message, code="engine_failed", retry_after=RETRY_AFTER_S)
-
-
-async def _until(deadline: float, messages: AsyncGenerator[Message]) -> AsyncGenerator[Message]:
-    """The messages, as long as they come before the deadline."""
-    while True:
-        async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
-            try:
-                message = await anext(messages)
-            except StopAsyncIteration:
-                return
-        yield message
 
 
 def status_of(route: Route, pinned: Version | None) -> str:

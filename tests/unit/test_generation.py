@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,19 @@ PROMPTS = ["hello", "the red cat goes to the house", "old", "the big dog goes to
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> base.InferenceModel:
-    return base.load_for_inference(str(tiny.write_model(tmp_path_factory.mktemp("model"), "gpt2")))
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(weights: Path) -> base.InferenceModel:
+    return base.load_for_inference(str(weights))
+
+
+@pytest.fixture
+def own(weights: Path) -> base.InferenceModel:
+    """A model for one test alone, which may damage it."""
+    return base.load_for_inference(str(weights))
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +284,9 @@ def test_closing_an_answer_early_frees_all_its_slots(service: Running) -> None:
     service.run(work(answer(service.served, request_of(**body), Resumed())))
 
 
-def test_a_queue_that_is_full_refuses_and_says_when_to_come_back(tiny_model: base.InferenceModel) -> None:
+def test_a_queue_that_is_full_refuses_and_says_when_to_come_back(own: base.InferenceModel) -> None:
     args = EndpointArgs(max_batch_tokens=64, cache_tokens=128, max_ongoing_requests=1, max_queued_tokens=130)
-    with running(tiny_model, args) as small:
+    with running(own, args) as small:
 
         async def work() -> None:
             def asked(**body: Any) -> AsyncGenerator[Message]:
@@ -297,8 +309,8 @@ def test_a_queue_that_is_full_refuses_and_says_when_to_come_back(tiny_model: bas
         small.run(work())
 
 
-def test_a_lane_that_is_down_breaks_the_answer(tiny_model: base.InferenceModel) -> None:
-    with running(tiny_model) as broken:
+def test_a_lane_that_is_down_breaks_the_answer(own: base.InferenceModel) -> None:
+    with running(own) as broken:
         broken.served.lane.close()
         assert isinstance(ask(broken, prompt="hello", num_beams=2).first, Broken)
         assert isinstance(ask(broken, prompt=PROMPTS, echo=True, logprobs=1).first, Broken)
@@ -306,9 +318,9 @@ def test_a_lane_that_is_down_breaks_the_answer(tiny_model: base.InferenceModel) 
 
 
 def test_a_failing_model_breaks_the_answer_after_what_was_given_out(
-    tiny_model: base.InferenceModel, monkeypatch: pytest.MonkeyPatch
+    own: base.InferenceModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = tiny_model.model.forward
+    forward = own.model.forward
     left = iter(range(5))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -316,10 +328,10 @@ def test_a_failing_model_breaks_the_answer_after_what_was_given_out(
             raise RuntimeError("device error")
         return forward(*args, **kwargs)
 
-    with running(tiny_model) as service:
-        monkeypatch.setattr(tiny_model.model, "forward", failing)
+    with running(own) as service:
+        monkeypatch.setattr(own.model, "forward", failing)
         found = ask(service, prompt="hello", max_tokens=40, min_tokens=40)
         assert found.accepted
         assert isinstance(found.messages[-1], Broken)
         assert len(found.tokens()) == 5
-        monkeypatch.setattr(tiny_model.model, "forward", forward)
+        monkeypatch.setattr(own.model, "forward", forward)

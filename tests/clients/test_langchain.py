@@ -81,7 +81,8 @@ def test_stop(chat: Chat) -> None:
 
 
 def test_n_and_seed(chat: Chat) -> None:
-    several = chat(max_tokens=12, temperature=1, n=3).generate([[("user", "hello")]])
+    hello = pytest.importorskip("langchain_core.messages").HumanMessage("hello")
+    several = chat(max_tokens=12, temperature=1, n=3).generate([[hello]])
     assert len({generation.text for generation in several.generations[0]}) == 3
     seeded = [chat(max_tokens=24, temperature=1, seed=7).invoke(MESSAGES).content for _ in "12"]
     assert seeded[0] == seeded[1]

@@ -1,6 +1,6 @@
 """The `serving` section: what `heliostat serve` serves, and where. Knows values, not what is done with them."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -61,8 +61,6 @@ class EndpointArgs(StrictModel):
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for one replica."""
     num_gpus: float = Field(0, ge=0)
-    quantization: Literal["int8"] | None = None
-    """int8: weights of linear layers in 8 bits, on CPUs. Faster, and answers may differ a little."""
     max_constructor_retry_count: PositiveInt = 1
     """Attempts to load the model before a version counts as broken; more on a cluster with a shaky network."""
     max_ongoing_requests: PositiveInt = 32

@@ -2,7 +2,7 @@
 
 A decode step multiplies matrices of as many rows as there are requests. For 2 to 64 rows, MKL is up to a third faster
 on weights whose columns are contiguous, and oneDNN faster still on weights in its own layout, which is a copy; the
-output layer, the largest by far in a small model, is worth it. `python -m benchmarks.serve_linears` shows by how much.
+output layer, the largest by far in a small model, is worth it.
 """
 
 from typing import Any
@@ -22,7 +22,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = layer.weight
         self.bias = layer.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _PACKED_ROWS[-1])
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _PACKED_ROWS[-1])
+        # A buffer, so that whoever shares a model's tensors shares this one too.
+        self.register_buffer("_packed", packed, persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """What `nn.Linear` gives, for `inputs` of shape (..., in features)."""

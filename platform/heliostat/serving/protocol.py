@@ -362,7 +362,7 @@ def _is_token_list(value: Any) -> bool:
 def explain(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's validation errors as an error of the API, without the value that was wrong."""
     error = errors[0]
-    place = [str(part) for part in error["loc"] if part != "body"]
+    place = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
     param = error.get("ctx", {}).get("param") or ".".join(place) or None
     if error["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")

@@ -152,8 +152,4 @@ async def _load(reference: str, model_id: str, args: EndpointArgs) -> ServedMode
     device = "cuda" if args.num_gpus > 0 else "cpu"
     resolved = await asyncio.to_thread(versions.resolve, reference)
     loaded = await asyncio.to_thread(load_for_inference, resolved.path, device=device)
-    if args.quantization == "int8":
-        from heliostat.serving.quantize import quantize_int8
-
-        await asyncio.to_thread(quantize_int8, loaded.model)
     return await ServedModel.start(loaded, model_id, args)

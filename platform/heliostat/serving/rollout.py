@@ -48,7 +48,6 @@ _REPLICA_KEYS = (
     "autoscaling",
     "num_cpus",
     "num_gpus",
-    "quantization",
     "max_constructor_retry_count",
     "max_ongoing_requests",
     "max_queued_requests",

@@ -23,7 +23,7 @@ from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.generation import Request, answer
-from heliostat.serving.replica import about
+from heliostat.serving.hosting import about
 from heliostat.serving.routing import Route, Router, Table, Version
 from heliostat.serving.sampling import DecodingDefaults
 from heliostat.serving.served import ServedModel

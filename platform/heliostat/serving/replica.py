@@ -1,29 +1,27 @@
-"""The deployment that runs a model: one version, loaded in each replica. Knows Ray Serve, not HTTP or the registry.
+"""The deployment that runs a model: one version, loaded in each replica. Knows Ray Serve, not HTTP or what a model is.
 
-Ray finds the types of its parameters by inspection, so this module must not postpone the evaluation of annotations.
+The director imports this module too, so what models need is imported by the replica alone, when it starts. Ray finds
+the types of its parameters by inspection, so this module must not postpone the evaluation of annotations.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from heliostat.errors import GateRefused
-from heliostat.models.base import load_for_inference
-from heliostat.registry import versions
-from heliostat.serving import logs, parity, tracing
+from heliostat.serving import logs
 from heliostat.serving.applications import REPLICA
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import EndpointArgs
-from heliostat.serving.generation import Request, answer
 from heliostat.serving.metrics import RayRecorder, ReplicaMetrics
-from heliostat.serving.served import ServedModel
+from heliostat.serving.routing import Request
+
+if TYPE_CHECKING:
+    from heliostat.serving.hosting import Hosted
 
 _REPORT_S = 1.0
 # A replica that is gone is soon replaced; one that computes is slow to answer, which does not mean that it is ill.
@@ -33,6 +31,8 @@ HEALTH_CHECK_TIMEOUT_S = 60.0
 
 class Replica:
     """One copy of a model, and what generates with it."""
+
+    _model: "Hosted | None" = None
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, reference: str, model_id: str, version: str, args: EndpointArgs, director: DeploymentHandle | None = None
@@ -44,66 +44,53 @@ class Replica:
         Raises:
             UserError: the model cannot be found, trusted, loaded or run; the message says why.
         """
+        from heliostat.serving.hosting import Hosted
+
         logs.setup()
-        self._cleanup = contextlib.ExitStack()
-        self._args = args
-        self._tracing = tracing.start(args.tracing, "replica")
-        self._cleanup.callback(self._tracing.close)
-        torch.set_num_threads(max(1, int(args.num_cpus)))
-        self._served = await _load(reference, model_id, args)
-        self._cleanup.callback(self._served.close)
-        self._labels = (model_id, version)
-        self._metrics = ReplicaMetrics(RayRecorder(), *self._labels)
+        self._model = await Hosted.load(reference, model_id, version, args)
+        self._metrics = ReplicaMetrics(RayRecorder(), model_id, version)
         self._reporting = asyncio.create_task(self._report(director))
 
     async def answer(self, request: Request, resumed: Resumed, trace: Mapping[str, str]) -> AsyncGenerator[Message]:
-        """See `generation.answer`; `trace` is the W3C trace context of the caller."""
-        span = self._tracing.generation(trace, *self._labels)
-        tokens = 0
-        problem: str | None = "cancelled"
-        try:
-            messages = answer(self._served, request, resumed, self._args.max_prompt_tokens)
-            async with aclosing(messages):
-                async for message in messages:
-                    if isinstance(message, list):
-                        tokens += sum(len(delta.token_ids) for _, delta in message)
-                    yield message
-            problem = None
-        finally:
-            span.ended(tokens, problem)
+        """See `Hosted.answer`."""
+        async with aclosing(self._hosted().answer(request, resumed, trace)) as messages:
+            async for message in messages:
+                yield message
 
     async def about(self) -> dict[str, Any]:
-        """See `about`."""
-        return about(self._served)
+        """See `hosting.about`."""
+        return self._hosted().about()
 
     async def check(self) -> str | None:
-        """Answer the check prompts with the engine and with `generate()`; why the two differ, if they do."""
-        try:
-            await parity.check_served(self._served)
-        except GateRefused as error:
-            return str(error)
-        return None
+        """See `Hosted.check`."""
+        return await self._hosted().check()
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces the replica when this raises several times in a row."""
-        if not self._served.healthy:
+        if not self._hosted().healthy:
             raise RuntimeError("a generation thread is down")
 
     def in_flight(self) -> int:
         """Generations that are waiting or running in this replica."""
-        return self._served.in_flight
+        return self._hosted().in_flight
 
     async def _report(self, director: DeploymentHandle | None) -> None:
         context = serve.get_replica_context()
         while True:
-            self._metrics.report(self._served.state())
+            self._metrics.report(self._hosted().state())
             if director is not None:
                 # Nobody waits for the answer: a director that is away for a while is told again.
-                director.beat.remote(context.app_name, context.replica_id.unique_id, self._served.healthy)
+                director.beat.remote(context.app_name, context.replica_id.unique_id, self._hosted().healthy)
             await asyncio.sleep(_REPORT_S)
 
+    def _hosted(self) -> "Hosted":
+        if self._model is None:
+            raise RuntimeError("the model is not loaded")
+        return self._model
+
     def __del__(self) -> None:
-        self._cleanup.close()
+        if self._model is not None:
+            self._model.close()
 
 
 def application(
@@ -135,21 +122,3 @@ def application(
         logging_config=logs.logging_config(),
     )
     return deployment.bind(reference, model_id, version, args, director)
-
-
-def about(served: ServedModel) -> dict[str, Any]:
-    """What a route tells of its model: chat, max_length and decoding, as in routing.Version."""
-    found = served.defaults.in_force()
-    decoding = {
-        "defaults": {name: default.value for name, default in found.items()},
-        "origin": {name: default.origin for name, default in found.items()},
-        "greedy": found["temperature"].value == 0 and found["num_beams"].value == 1,
-    }
-    return {"chat": served.prompts.has_chat_template, "max_length": served.max_length, "decoding": decoding}
-
-
-async def _load(reference: str, model_id: str, args: EndpointArgs) -> ServedModel:
-    device = "cuda" if args.num_gpus > 0 else "cpu"
-    resolved = await asyncio.to_thread(versions.resolve, reference)
-    loaded = await asyncio.to_thread(load_for_inference, resolved.path, device=device)
-    return await ServedModel.start(loaded, model_id, args)

@@ -24,7 +24,6 @@ from ray import serve
 
 from heliostat import __version__
 from heliostat.errors import GateRefused, HeliostatError, RegistryError, ResourceError
-from heliostat.models import base
 from heliostat.registry import versions
 from heliostat.serving import applications, logs
 from heliostat.serving.applications import APPLICATION, DIRECTOR, REPLICA, VERSIONS
@@ -86,7 +85,7 @@ class Target:
         if found is not None:
             name, version, reference = found.name, found.version, found.uri
         else:
-            reference = base.resolve(model.model)
+            reference = _resolved(model.model)
             version, name = None, Path(reference).name if Path(reference).is_dir() else reference
         model_id = model.model_id or name
         return cls(
@@ -112,6 +111,12 @@ def _family(model_id: str) -> str:
     """
     plain = re.sub(r"[^A-Za-z0-9-]", "-", model_id)
     return f"{VERSIONS}_{plain if plain == model_id else f'{plain}-{_digest(model_id)}'}_"
+
+
+def _resolved(reference: str) -> str:
+    from heliostat.models import base  # which imports what models need, and the director does not
+
+    return base.resolve(reference)
 
 
 def _base_of(app: str) -> str:

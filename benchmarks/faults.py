@@ -6,13 +6,14 @@ prints how the requests ended. A request is lost when it was accepted and ends n
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
 import signal
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from ray import serve
 
 from heliostat import cluster
 from heliostat.registry import versions
+from heliostat.registry.versions import ModelVersion
 from heliostat.serving import applications, launch
 from heliostat.serving.applications import VERSIONS
 from heliostat.serving.config import ServingConfig
@@ -111,19 +113,23 @@ async def kills(folder: Path, rounds: int) -> Figures:
 
 async def moves(folder: Path, rounds: int) -> Figures:
     """The alias moves between two versions under load."""
-    made = [register_long_bundle(folder / f"v{seed}", "moving", seed, alias="champion") for seed in (1, 2)]
+    made = [register_long_bundle(folder / f"v{seed}", "moving", seed, alias="champion") for seed in (2, 1)]
     with endpoint("models:/moving@champion") as url:
-        asked = bodies("moving", 100)
-        texts: dict[str, set[str]] = {prompt: set() for prompt in PROMPTS}
-        now = 1
-        async with load.clients(url, asked, 4) as running:
-            for _ in range(rounds):
-                now = 1 - now
-                versions.set_alias("moving", "champion", made[now].version)
-                await until(partial(serves, url, "moving", made[now].version))
-                for prompt, text in (await answers(url, asked)).items():
-                    texts[prompt].add(text)
-        strange = sum(each.text not in texts[each.prompt] for each in running.of("complete"))
+        return await move(url, made, rounds)
+
+
+async def move(url: str, made: Sequence[ModelVersion], rounds: int) -> Figures:
+    """The scenario at a running endpoint, which serves the last of the versions."""
+    name = made[0].name
+    asked = bodies(name, 100)
+    texts: dict[str, set[str]] = {prompt: {text} for prompt, text in (await answers(url, asked)).items()}
+    async with load.clients(url, asked, 4) as running:
+        for _, version in zip(range(rounds), itertools.cycle(made), strict=False):
+            versions.set_alias(name, "champion", version.version)
+            await until(partial(serves, url, name, version.version))
+            for prompt, text in (await answers(url, asked)).items():
+                texts[prompt].add(text)
+    strange = sum(each.text not in texts[each.prompt] for each in running.of("complete"))
     return {"moves": rounds, "requests": len(running.ended), **running.kinds(), "of neither version": strange}
 
 
@@ -131,23 +137,22 @@ async def broken(folder: Path, rounds: int) -> Figures:
     """The alias moves to a damaged version."""
     good = register_long_bundle(folder / "good", "breaking", 1, alias="champion")
     with endpoint("models:/breaking@champion") as url:
-        asked = bodies("breaking", 100)
-        async with load.clients(url, asked, 4) as running:
-            for number in range(rounds):
-                bad = register_long_bundle(folder / f"bad{number}", "breaking", 5 + number)
-                weights = Path(versions.resolve(bad.uri).path) / "config.json"
-                weights.write_text(weights.read_text() + " ")
-                versions.set_alias("breaking", "champion", bad.version)
-                await until(partial(rejects, url, "breaking", bad.version))
-        reasons = rejections(url, "breaking")
-        still = serves(url, "breaking", good.version)
-    return {
-        "moves": rounds,
-        "requests": len(running.ended),
-        **running.kinds(),
-        "old one serves": still,
-        "told": reasons,
-    }
+        return await damage(url, good, folder, rounds)
+
+
+async def damage(url: str, good: ModelVersion, folder: Path, rounds: int) -> Figures:
+    """The scenario at a running endpoint, which serves `good`."""
+    name = good.name
+    async with load.clients(url, bodies(name, 100), 4) as running:
+        for number in range(rounds):
+            bad = register_long_bundle(folder / f"bad{number}", name, 5 + number)
+            config = Path(versions.resolve(bad.uri).path) / "config.json"
+            config.write_text(config.read_text() + " ")
+            versions.set_alias(name, "champion", bad.version)
+            await until(partial(rejects, url, name, bad.version))
+    still = serves(url, name, good.version)
+    told = rejections(url, name)
+    return {"moves": rounds, "requests": len(running.ended), **running.kinds(), "old one serves": still, "told": told}
 
 
 def card(url: str, model: str) -> dict[str, Any]:
@@ -172,31 +177,30 @@ def rejections(url: str, model: str) -> dict[str, str]:
 
 
 async def overload(folder: Path, seconds: int) -> Figures:
-    """Five times as many clients as there is room for, after the peak was measured with as many as there is."""
-    room, queue = 8, 8
-    settings = {"max_ongoing_requests": room, "max_queued_requests": queue}
-    with endpoint(str(write_long_bundle(folder / "model")), **settings) as url:
-        asked = bodies("model", 100)
-        peak = await goodput(url, asked, room, seconds / 4)
-        over = await goodput(url, asked, 5 * (room + queue), seconds)
-    refused = over["load"].of("refused")
+    """Five times the requests a second that the endpoint was measured to answer, whether they are answered or not."""
+    room = 8
+    model = write_long_bundle(folder / "model", width=256, layers=6)
+    with endpoint(str(model), num_cpus=1, max_ongoing_requests=room, max_queued_requests=room) as url:
+        asked = bodies("model", 60)
+        await answers(url, asked)
+        started = time.monotonic()
+        async with load.clients(url, asked, room) as usual:
+            await asyncio.sleep(max(10, seconds / 4))
+        peak = len(usual.of("complete")) / (time.monotonic() - started)
+        started = time.monotonic()
+        over = await load.arrivals(url, asked, 5 * peak, seconds)
+        goodput = len(over.of("complete")) / (time.monotonic() - started)
+    refused = over.of("refused")
     silent = [each for each in refused if each.status not in (429, 503) or not each.retry_after]
     slowest = sorted(each.seconds for each in refused)[int(len(refused) * 0.99)] if refused else 0.0
     return {
         "seconds": seconds,
-        **over["load"].kinds(),
+        "requests a second": round(5 * peak, 1),
+        **over.kinds(),
         "refused without 429/503 and Retry-After": len(silent),
         "p99 of refusals, s": round(slowest, 3),
-        "goodput / peak": round(over["rate"] / peak["rate"], 3),
+        "goodput / peak": round(goodput / peak, 3),
     }
-
-
-async def goodput(url: str, asked: list[dict[str, Any]], count: int, seconds: float) -> dict[str, Any]:
-    """Complete answers a second with `count` clients."""
-    started = time.monotonic()
-    async with load.clients(url, asked, count) as running:
-        await asyncio.sleep(seconds)
-    return {"load": running, "rate": len(running.of("complete")) / (time.monotonic() - started)}
 
 
 async def disconnects(folder: Path, count: int) -> Figures:

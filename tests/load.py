@@ -93,8 +93,7 @@ async def clients(
             load.ended.append(ended)
             turn += 1
             if ended.kind == "refused":
-                # As a client that obeys would, but sooner: this is to be an overload.
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(float(ended.retry_after or 1))
 
     async with httpx2.AsyncClient(timeout=120, limits=limits, headers=headers) as http:
         tasks = [asyncio.create_task(client(http, number)) for number in range(count)]
@@ -103,3 +102,19 @@ async def clients(
         finally:
             stopping.set()
             await asyncio.gather(*tasks)
+
+
+async def arrivals(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Load:
+    """`rate` requests a second for so many seconds, whatever becomes of them; returns when all have ended."""
+    load = Load()
+    tasks = []
+
+    async def one(http: httpx2.AsyncClient, number: int) -> None:
+        load.ended.append(await ask(http, url, bodies[number % len(bodies)]))
+
+    async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=None)) as http:
+        for number in range(int(rate * seconds)):
+            tasks.append(asyncio.create_task(one(http, number)))
+            await asyncio.sleep(1 / rate)
+        await asyncio.gather(*tasks)
+    return load

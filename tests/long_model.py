@@ -12,10 +12,10 @@ from tests import tiny
 POSITIONS = 512
 
 
-def write_long_bundle(folder: Path, seed: int = 1) -> Path:
+def write_long_bundle(folder: Path, seed: int = 1, width: int = 32, layers: int = 2) -> Path:
     """A bundle without an end token; other seeds answer otherwise."""
     weights = folder.with_name(f"{folder.name}-weights")
-    keys = {"n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    keys = {"n_embd": width, "n_layer": layers, "n_head": 2, "initializer_range": 0.3}
     scratch.write(weights, tiny.tokenizer(), "gpt2", keys, POSITIONS)
     base.load_untrained(str(weights), seed=seed).model.save_pretrained(weights)
     config = GenerationConfig(max_new_tokens=POSITIONS // 2, do_sample=False, pad_token_id=1, bos_token_id=0)

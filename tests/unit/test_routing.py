@@ -259,6 +259,13 @@ def test_plain_ids_share_the_traffic_with_the_canary_and_pinned_ids_do_not() -> 
         assert [app for app, _ in replicas.calls] == [f"app-{name}"]
 
 
+def test_a_canary_that_does_not_work_gets_no_requests() -> None:
+    route = Route("cron", "models:/cron@champion", version("3"), canary=version("4", healthy=False), percent=100)
+    replicas = Replicas()
+    run(router(replicas, route))
+    assert [app for app, _ in replicas.calls] == ["app-3"]
+
+
 def test_what_fails_in_the_canary_is_answered_by_the_stable_version() -> None:
     route = Route("cron", "models:/cron@champion", version("3"), canary=version("4"), percent=100)
     calls: list[str] = []

@@ -145,6 +145,7 @@ class Director:
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._beats: dict[tuple[str, str], tuple[bool, float]] = {}
         self._metrics = RolloutMetrics(RayRecorder())
+        self._ids = [(await asyncio.to_thread(Target.of, model, args)).id for model in args.all_models()]
         self._followers = [_Follower(model, args, environment, self) for model in args.all_models()]
         await asyncio.gather(*(follower.start() for follower in self._followers))
         self._tasks = [asyncio.create_task(follower.run()) for follower in self._followers]
@@ -167,7 +168,9 @@ class Director:
         for version, percent in _shares(self._table.routes.get(route.id), route).items():
             self._metrics.canary(route.id, version, percent)
         async with self._changed:
-            routes = {**self._table.routes, route.id: route}
+            known = {**self._table.routes, route.id: route}
+            # In the order of the settings, whichever was loaded first.
+            routes = {name: known[name] for name in self._ids if name in known}
             self._table = Table(self._table.generation + 1, routes)
             self._changed.notify_all()
         self._metrics.versions(route.id, _states(route))
@@ -337,6 +340,8 @@ class _Follower:
         started = asked = time.monotonic()
         while not _proved(canary, before, self._director.outcomes(version.app), time.monotonic() - started):
             await asyncio.sleep(_LOOK_S)
+            if self.route.canary is not None and not self.route.canary.healthy:
+                raise GateRefused("its replicas failed while it was a canary")
             if time.monotonic() - asked > self._args.poll_s:
                 asked = time.monotonic()
                 await self._still_wanted(target)

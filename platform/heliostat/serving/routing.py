@@ -91,13 +91,9 @@ class Table:
         raise model_not_found(model)
 
     def apps(self) -> set[str]:
-        """The applications of the versions that get requests."""
-        return {
-            version.app
-            for route in self.routes.values()
-            for version in (route.stable, route.canary)
-            if version is not None
-        }
+        """The applications of the versions that get requests: a canary that does not work gets none."""
+        stable = {route.stable.app for route in self.routes.values()}
+        return stable | {route.canary.app for route in self.routes.values() if route.canary and route.canary.healthy}
 
     def ids(self) -> list[str]:
         """All ids that `find` takes: the plain ones, then the pinned ones."""
@@ -213,7 +209,8 @@ class Router:
         if pinned is not None:
             return pinned
         canary = route.canary
-        if canary is not None and canary.app not in avoided and random.uniform(0, 100) < route.percent:
+        wanted = canary is not None and canary.healthy and canary.app not in avoided
+        if canary is not None and wanted and random.uniform(0, 100) < route.percent:
             return canary
         return route.stable
 

@@ -23,6 +23,7 @@ from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
 from heliostat.serving.keys import KeyRing
+from heliostat.serving.logs import RequestLine
 from heliostat.serving.metrics import GatewayMetrics
 from heliostat.serving.prompts import PromptEncoder
 from heliostat.serving.routing import Router, Table
@@ -637,14 +638,24 @@ def test_a_key_at_its_limit_is_told_when_to_come_back(service: Running, locked: 
     assert behind(service, app, "GET", "/models", **bearer(secrets["slow"])).status_code == 200
 
 
-def test_what_is_refused_is_counted_by_its_reason(service: Running) -> None:
+def test_what_is_refused_is_counted_by_its_reason_and_logged(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory()
+    lines: list[RequestLine] = []
+    monkeypatch.setattr("heliostat.serving.logs.log_request", lines.append)
     around = front(memory, max_body_bytes=500)
     app = guarded(create_app(router_of(service.served, EndpointArgs(**SIZES)), around), around)
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 1}
     changes: list[dict[str, Any]] = [{}, {"prompt": "x" * 600}, {"model": SECRET}, {"n": 0}, {"prompt": ""}]
     statuses = [behind(service, app, "POST", "/completions", json=body | each).status_code for each in changes]
     assert statuses == [200, 413, 404, 400, 400]
+    assert [(line.status, line.error, line.model) for line in lines] == [
+        (200, None, "tiny"),
+        (413, "body_too_large", None),
+        (404, "model_not_found", None),
+        (400, "invalid_value", None),
+        (400, "invalid_value", "tiny"),
+    ]
+    assert len({line.request_id for line in lines}) == len(lines)
     assert {
         labels: count for (name, labels), count in memory.counters.items() if name == "requests_rejected_total"
     } == {

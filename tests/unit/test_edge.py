@@ -336,15 +336,18 @@ def test_an_application_may_be_stricter_and_is_not_contradicted() -> None:
 
 
 def test_refusals_are_told_of() -> None:
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str, ApiError]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         raise ApiError(429, "enough", code="rate_limit_exceeded", retry_after=2.5)
 
-    sent = asyncio.run(call(Refusals(app, lambda *told_of: told.append(told_of)), path="/p/v1/x", root_path="/p"))
+    def note(scope: Scope, error: ApiError) -> None:
+        told.append((scope["path"], error))
+
+    sent = asyncio.run(call(Refusals(app, note), path="/p/v1/x", root_path="/p"))
     assert error_of(sent) == (429, "rate_limit_exceeded")
     assert dict(sent[0]["headers"])[b"retry-after"] == b"3"
-    assert told == [("/v1/x", 429)]
+    assert [(path, error.code) for path, error in told] == [("/p/v1/x", "rate_limit_exceeded")]
 
 
 # Around Ray Serve's proxy

@@ -15,11 +15,14 @@ from heliostat.serving.protocol import ApiError
 
 
 def protect(
-    app: ASGIApp, ring: KeyRing | None, max_body_bytes: int, refused: Callable[[str, int], None] = lambda *_: None
+    app: ASGIApp,
+    ring: KeyRing | None,
+    max_body_bytes: int,
+    refused: Callable[[Scope, ApiError], None] = lambda *_: None,
 ) -> ASGIApp:
     """The gateway's application with everything around it that guards it.
 
-    `refused` is told of the path and the HTTP status of what does not reach the application.
+    `refused` is told of what does not reach the application, and why.
     """
     guarded = Authentication(BodyLimit(app, max_body_bytes), ring, Limiter())
     return RequestId(SecurityHeaders(Refusals(guarded, refused)))

@@ -49,10 +49,22 @@ class Front:
             playground=args.playground,
         )
 
-    def refused(self, path: str, status: int) -> None:
-        """Count a request that was refused before any model was asked."""
-        if path in _ENDPOINTS:
-            self.metrics.request(None, _ENDPOINTS[path]).rejected(metrics.rejection(status))
+    def refused(self, scope: Scope, error: ApiError) -> None:
+        """Count and log a request for generation that was refused before any model was asked."""
+        path = path_of(scope)
+        if path not in _ENDPOINTS:
+            return
+        self.metrics.request(None, _ENDPOINTS[path]).rejected(metrics.rejection(error.status))
+        state = scope["state"]
+        key: Key | None = state.get("key")
+        line = logs.RequestLine(
+            request_id=state["request_id"],
+            endpoint=path,
+            status=error.status,
+            key=key.name if key else None,
+            error=error.code or error.kind,
+        )
+        logs.log_request(line)
 
 
 def create_app(router: Router, front: Front) -> FastAPI:
@@ -113,7 +125,7 @@ def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
             access.require_model(key, request.model)
             route, _ = router.table.find(request.model)
         except ApiError as error:
-            front.refused(path_of(http.scope), error.status)
+            front.refused(http.scope, error)
             raise
         origin = Origin(http.state.request_id, key.name if key else None, http.url.path)
         meter = front.metrics.request(route.id, kind)
@@ -159,7 +171,7 @@ def _install_error_handlers(app: FastAPI, front: Front) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(http: Request, error: RequestValidationError) -> Response:
         problem = explain(error.errors())
-        front.refused(path_of(http.scope), problem.status)
+        front.refused(http.scope, problem)
         return _error_response(problem)
 
     @app.exception_handler(HTTPException)

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig, ReplicaState
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    LoggingConfig,
+    ReplicaState,
+)
 
 from heliostat import errors
 from heliostat.errors import HeliostatError
@@ -44,11 +51,16 @@ def running(prefix: str = "") -> Mapping[str, ApplicationStatusOverview]:
 
 
 def healthy(application: ApplicationStatusOverview | None) -> bool:
-    """Whether each deployment has a running replica, or is scaled to none."""
+    """Whether each deployment has a running replica, or is scaled to none, or on its way there or back."""
     if application is None or application.status != ApplicationStatus.RUNNING:
         return False
-    states = [deployment.replica_states for deployment in application.deployments.values()]
-    return all(not found or found.get(ReplicaState.RUNNING, 0) > 0 for found in states)
+    return all(_works(deployment) for deployment in application.deployments.values())
+
+
+def _works(deployment: DeploymentStatusOverview) -> bool:
+    states = deployment.replica_states
+    scales = deployment.status in (DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)
+    return scales or states.get(ReplicaState.RUNNING, 0) > 0 or set(states) <= {ReplicaState.STOPPING}
 
 
 def _report(name: str) -> str:

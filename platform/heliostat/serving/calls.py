@@ -67,9 +67,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Last message of a replica that cannot go on with a request; another replica can."""
+    """Last message of a replica that cannot go on with a request; another replica can. Or of a router: none can."""
 
     reason: str
+    status: int = 503
+    """HTTP's, for an answer that has not begun."""
+    code: str = "engine_failed"
 
 
 Deltas = list[tuple[int, Delta]]

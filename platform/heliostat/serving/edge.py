@@ -80,9 +80,9 @@ async def send_error(send: Send, error: ApiError) -> None:
 
 
 class Refusals:
-    """Answers with the ApiErrors that the middlewares inside raise, and tells `noted` of the path and the status."""
+    """Answers with the ApiErrors that the middlewares inside raise, and tells `noted` of the request and the error."""
 
-    def __init__(self, app: ASGIApp, noted: Callable[[str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, noted: Callable[[Scope, ApiError], None]) -> None:
         self._app = app
         self._noted = noted
 
@@ -90,7 +90,7 @@ class Refusals:
         try:
             await self._app(scope, receive, send)
         except ApiError as error:
-            self._noted(path_of(scope), error.status)
+            self._noted(scope, error)
             await send_error(send, error)
 
 

@@ -82,7 +82,7 @@ class Exchange:
         try:
             async for message in self._messages:
                 if isinstance(message, Broken):
-                    raise ApiError(503, message.reason, code="engine_failed", retry_after=1)
+                    raise _broken(message)
                 self._add(message)
             return self.wire.answer(self._best(), self._usage())
         except BaseException as error:
@@ -122,7 +122,7 @@ class Exchange:
             yield _event({**self.wire.chunk([piece]), **extra})
         async for message in self._messages:
             if isinstance(message, Broken):
-                raise ApiError(503, message.reason, code="engine_failed")
+                raise _broken(message)
             for index, delta in self._add(message):
                 if delta.text or delta.finish_reason or delta.logprobs:
                     yield _event({**self.wire.chunk([self.wire.piece(index, delta)]), **extra})
@@ -229,6 +229,11 @@ class Exchange:
             trace_id=self.trace.trace_id,
             error=code,
         )
+
+
+def _broken(message: Broken) -> ApiError:
+    retry_after = 1 if message.status == 503 else None
+    return ApiError(message.status, message.reason, code=message.code, retry_after=retry_after)
 
 
 def unexpected() -> ApiError:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -75,7 +75,7 @@ class Gateway:
                 yield message
         except BackPressureError as error:
             raise Busy from error
-        except (RayActorError, RayServeException) as error:
+        except (RayError, RayServeException) as error:
             raise ReplicaLost(type(error).__name__) from error
         finally:
             with contextlib.suppress(RayError, RayServeException):

@@ -57,7 +57,8 @@ class RequestLine:
     """The route, as the endpoint declares it; never the requested path."""
     status: int
     """HTTP's; 499 if the client went away. A stream that broke has its 200, and `error`."""
-    duration_ms: float
+    duration_ms: float | None = None
+    """None for what was refused before any model was asked."""
     key: str | None = None
     """The name of the API key."""
     model: str | None = None

@@ -285,7 +285,8 @@ class Router:
 
     def _late(self, progress: _Progress) -> Refused | Broken:
         message = f"the request took longer than {self._timeout_s:g} s"
-        return Broken(message) if progress.choices is not None else Refused(408, message, code="timeout")
+        refusal = Refused(408, message, code="timeout")
+        return Broken(message, 408, "timeout") if progress.choices is not None else refusal
 
 
 async def _ended(task: "asyncio.Future[Any]") -> None:

@@ -73,10 +73,15 @@ def test_the_bundle_of_a_full_model(model: Path, tokens: Path, run_folder: Path)
     trained.save_pretrained(run_folder / "weights")
     settings = {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5}
     made = bundling.write(
-        config(model, generation=settings), run_folder, source(model), tokens, {"run": "x-0001", "data_hash": "d"}
+        config(model, generation=settings, registry={"check_prompts": ["the red cat"]}),
+        run_folder,
+        source(model),
+        tokens,
+        {"run": "x-0001", "data_hash": "d"},
     )
     assert made == run_folder / "bundle"
     manifest = bundle.verify(made)
+    assert manifest["check_prompts"] == ["the red cat"]
     assert manifest["base"] == {"reference": str(model), "revision": "main", "sha256": files.weights_sha256(model)}
     assert manifest["lineage"] == {"run": "x-0001", "data_hash": "d"}
     assert (manifest["format"], manifest["prompt_template"]) == ("prompt_completion", "{prompt}:")

@@ -1,6 +1,6 @@
 """The `registry` and `promotion` sections: where runs and models are recorded, and what a champion must prove."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
@@ -16,6 +16,9 @@ class RegistryConfig(StrictModel):
     """Default: the config's name."""
     register_model: bool = True
     """Register the finished model as a new version with the alias `challenger`."""
+    check_prompts: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=32)
+    """Texts that a version answers before the endpoint lets it in. They become part of the bundle; default: a few of
+    the endpoint's own."""
 
 
 class Gate(StrictModel):

@@ -47,6 +47,7 @@ def assemble(
         "format": config.data.format,
         "prompt_template": config.data.prompt_template,
         "stop_token_ids": stops,
+        "check_prompts": config.registry.check_prompts,
         "base": _base(config, source),
         "lineage": lineage,
     }

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from heliostat.serving import pages
+from heliostat.serving.edge import SecurityHeaders
 
 FOLDER = Path(pages.__file__).parent / "playground"
 # https://www.w3.org/TR/CSP3/: an attribute that is a handler or a style, a script or style with content.
@@ -22,7 +23,7 @@ ELSEWHERE = re.compile(r"""(?:src|href|action)=["'](?:[a-z]+:|//)|\burl\(|@impor
 def client() -> TestClient:
     app = FastAPI()
     pages.add_playground(app)
-    return TestClient(app)
+    return TestClient(SecurityHeaders(app))
 
 
 def test_the_page_and_every_file_it_names_are_served(client: TestClient) -> None:

@@ -42,7 +42,8 @@ _DISCONNECT: Message = {"type": "http.disconnect"}
 _SECURITY_HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
-    # For the playground: it holds a key, so nothing but its own files may run in it or frame it.
+    # For the playground: it holds a key, so nothing but its own files may run in it or frame it. Those after the first
+    # do not fall back to default-src: https://www.w3.org/TR/CSP3/#directive-default-src
     b"content-security-policy": b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 

@@ -1,7 +1,7 @@
 """The playground: a static page at `/` that talks to the API beside it. Knows files and HTTP, not models.
 
-The page asks nothing of any other host. Its security policy forbids inline scripts and styles, so that text of a model
-could not become code even if the page had a mistake.
+The page asks nothing of any other host. It has no inline scripts or styles: the security policy that every answer gets
+(see edge.py) forbids them, so that text of a model could not become code even if the page had a mistake.
 """
 
 import hashlib
@@ -18,12 +18,6 @@ CONTENT_TYPES = {
     "html": "text/html; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
-}
-SECURITY = {
-    # Directives that do not fall back to default-src: https://www.w3.org/TR/CSP3/#directive-default-src
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
 }
 
 
@@ -65,7 +59,7 @@ def _static_file(name: str, content: bytes) -> StaticFile:
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     # "no-cache" means: keep it, but ask whether it is still the same. A new release is seen at once.
     headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Type": CONTENT_TYPES[name.rpartition(".")[2]]}
-    return StaticFile(content, SECURITY | headers)
+    return StaticFile(content, headers)
 
 
 def _answer(request: Request, file: StaticFile) -> Response:

@@ -104,6 +104,18 @@ async def clients(
             await asyncio.gather(*tasks)
 
 
+async def each(url: str, bodies: Sequence[dict[str, Any]], count: int) -> list[Ended]:
+    """How each of the requests ended, `count` at a time."""
+    turns = asyncio.Semaphore(count)
+
+    async def one(http: httpx2.AsyncClient, body: dict[str, Any]) -> Ended:
+        async with turns:
+            return await ask(http, url, body)
+
+    async with httpx2.AsyncClient(timeout=120) as http:
+        return await asyncio.gather(*(one(http, body) for body in bodies))
+
+
 async def arrivals(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float) -> Load:
     """`rate` requests a second for so many seconds, whatever becomes of them; returns when all have ended."""
     load = Load()

@@ -1,6 +1,8 @@
 """The endpoint on Ray Serve: OpenAI's client against real HTTP, start and stop from the driver, nothing left behind."""
 
 import asyncio
+import itertools
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +18,18 @@ from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from transformers import GenerationConfig
 
+from benchmarks import faults
 from heliostat.errors import ConfigError, ModelError, RegistryError, ResourceError
 from heliostat.evaluation.prefix import KEY, PromptPrefix
-from heliostat.models import base, bundle, scratch
+from heliostat.models import base, bundle
 from heliostat.registry import store, versions
 from heliostat.serving import applications, launch
 from heliostat.serving.applications import REPLICA, VERSIONS
 from heliostat.serving.config import EndpointArgs, ServingConfig
 from heliostat.serving.endpoint import build
-from tests import tiny
+from tests import load, tiny
 from tests.bundles import write_bundle
+from tests.long_model import write_long_bundle
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -35,14 +39,7 @@ CANARY = "canary-7f3a in the prompt"
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with room for long completions."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-chat"
-    keys = {"n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    scratch.write(folder, tiny.tokenizer(), "gpt2", keys, 512)
-    model = base.load_untrained(str(folder), seed=1).model
-    # Without an end token, a completion is as long as asked for.
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    return folder
+    return write_long_bundle(tmp_path_factory.mktemp("models") / "tiny-chat")
 
 
 def config(**changes: Any) -> ServingConfig:
@@ -51,8 +48,12 @@ def config(**changes: Any) -> ServingConfig:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: Any, model_folder: Path) -> Iterator[launch.Endpoint]:
-    running = launch.start(config(), str(model_folder))
+def endpoint(ray_cluster: Any, model_folder: Path, home: Path) -> Iterator[launch.Endpoint]:
+    """It serves the model from a registry in `home`."""
+    os.environ["HELIOSTAT_HOME"] = str(home)
+    run_id = store.client().create_run(store.experiment_id("serving")).info.run_id
+    versions.register(run_id, model_folder, "tiny-chat", {}, alias="champion")
+    running = launch.start(config(), "models:/tiny-chat@champion")
     yield running
     running.stop()
 
@@ -70,7 +71,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_openais_client_completes_chats_and_streams(client: openai.OpenAI, model_folder: Path) -> None:
-    assert [model.id for model in client.models.list().data] == ["tiny-chat"]
+    assert [model.id for model in client.models.list().data] == ["tiny-chat", "tiny-chat@1"]
     whole = client.completions.create(model="tiny-chat", prompt="hello", max_tokens=20)
     loaded = base.load_for_inference(str(model_folder))
     ids = loaded.tokenizer("hello", return_tensors="pt")
@@ -141,18 +142,48 @@ def test_a_client_that_goes_away_frees_its_slots(endpoint: launch.Endpoint, stre
     until(lambda: in_flight() == 0)
 
 
-def test_neither_prompts_nor_completions_are_logged(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="tiny-chat", prompt=CANARY, max_tokens=30)
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny-chat", prompt=CANARY, max_tokens=5000)
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny-chat", prompt=CANARY, extra_body={"nonsense": CANARY})
-    logs = [path for path in Path(ray._private.worker._global_node.get_logs_dir_path()).rglob("*") if path.is_file()]
-    assert logs
-    for path in logs:
-        content = path.read_bytes()
-        assert CANARY.encode() not in content, path
-        assert answer.choices[0].text.encode() not in content, path
+def test_sixteen_at_a_time_get_what_generate_gives(endpoint: launch.Endpoint, model_folder: Path) -> None:
+    prompts = [f"{text} {number}" for number, text in zip(range(64), itertools.cycle(tiny.TEXTS), strict=False)]
+    bodies = [
+        {"model": "tiny-chat", "prompt": prompt, "max_tokens": 8 + number % 24} for number, prompt in enumerate(prompts)
+    ]
+    loaded = base.load_for_inference(str(model_folder))
+
+    def expected(body: dict[str, Any]) -> str:
+        ids = loaded.tokenizer(body["prompt"], return_tensors="pt")
+        output = loaded.model.generate(**ids, max_new_tokens=body["max_tokens"], do_sample=False)
+        return str(loaded.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    answers = asyncio.run(load.each(endpoint.url, bodies, 16))
+    assert [answer.text.rstrip("\ufffd") for answer in answers] == [expected(body).rstrip("\ufffd") for body in bodies]
+
+
+def test_what_clients_write_is_in_no_log_metric_or_record(endpoint: launch.Endpoint, home: Path) -> None:
+    """Nor are the answers."""
+    good = [{"prompt": f"{CANARY} {number}", "max_tokens": 1} for number in range(400)]
+    long = [{"prompt": f"{CANARY} {number}", "max_tokens": 30} for number in range(20)]
+    bad = [
+        {"prompt": f"{CANARY} {number}", **wrong}
+        for number in range(20)
+        for wrong in ({"max_tokens": 5000}, {"nonsense": CANARY}, {"stop": [CANARY * 50]}, {"model": CANARY})
+    ]
+    bodies = [{"model": "tiny-chat", **body} for body in (*good, *long, *bad)]
+    answers = asyncio.run(load.each(endpoint.url, bodies, 16))
+    assert len(answers) == 500
+    assert [answer.kind for answer in answers] == ["complete"] * 420 + ["refused"] * 80
+    texts = {CANARY.encode(), *(answer.text.encode() for answer in answers[400:420])}
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    files = [path for folder in (logs, home) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("replica_") for path in files)
+    assert any(path.suffix == ".db" for path in files)
+    assert [path for path in files for text in texts if text in path.read_bytes()] == []
+    until(lambda: counted(endpoint.url, "requests_total") >= 500)
+    metrics = httpx2.get(endpoint.url.replace("/v1", "/metrics")).content
+    assert [text for text in texts if text in metrics] == []
+
+
+def counted(url: str, name: str) -> float:
+    return asyncio.run(faults.counted(url, name))
 
 
 def test_starting_twice_or_on_a_taken_port_is_refused(endpoint: launch.Endpoint, model_folder: Path) -> None:

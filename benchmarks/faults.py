@@ -6,6 +6,7 @@ prints how the requests ended. A request is lost when it was accepted and ends n
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -14,7 +15,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def bodies(model: str, max_tokens: int) -> list[dict[str, Any]]:
     return [{"model": model, "prompt": prompt, "max_tokens": max_tokens} for prompt in PROMPTS]
 
 
-@contextmanager
+@contextlib.contextmanager
 def endpoint(reference: str, **settings: Any) -> Iterator[str]:
     """The URL of a running endpoint."""
     sizes = {"num_cpus": 0.5, "cache_tokens": 8192, "max_queued_tokens": 16384, "port": free_port(), "poll_s": 0.5}
@@ -62,9 +62,13 @@ async def answers(url: str, asked: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def processes(title: str) -> list[int]:
-    """Processes of this machine whose title begins so."""
-    found = psutil.process_iter(["cmdline"])
-    return [each.pid for each in found if " ".join(each.info["cmdline"] or []).startswith(title)]
+    """Processes below this one, Ray's among them, whose title begins so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process.pid)
+    return found
 
 
 def replica_pids() -> list[int]:

@@ -4,13 +4,15 @@
 parameter by inspection, so this module must not postpone the evaluation of annotations.
 """
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from ray import serve
 from ray.serve import Application
 
 from heliostat.errors import ConfigError
-from heliostat.serving import gateway, tracing
+from heliostat.serving import gateway, tracing, vllm
 from heliostat.serving.applications import DIRECTOR
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.keys import KeyRing
@@ -31,17 +33,18 @@ def application(args: EndpointArgs, environment: Mapping[str, str]) -> Applicati
     """The Serve application for `args`. `environment`: variables that tell its processes where the registry is.
 
     Raises:
-        ConfigError: `args` names no model, or two of the same name; the file of API keys is wrong; tracing is asked for
-            and not installed.
+        ConfigError: `args` names no model, or two of the same name; the file of API keys is wrong; tracing or vLLM is
+            asked for and not installed, or vLLM cannot be had as it is asked for.
     """
     if not args.all_models():
         raise ConfigError("`model` is missing from the endpoint's args; give models:/NAME@ALIAS or a bundle folder")
-    names = [model.model_id or model.model for model in args.all_models()]
+    names = [model.model_id or _name(model.model) for model in args.all_models()]
     if len(set(names)) < len(names):
         raise ConfigError("two of the endpoint's `models` have the same name; give each its own `model_id`")
     if args.api_keys:
         KeyRing(args.api_keys)
     tracing.check(args.tracing)
+    vllm.check(args)
     director = serve.deployment(
         Director,
         name=DIRECTOR,
@@ -54,3 +57,11 @@ def application(args: EndpointArgs, environment: Mapping[str, str]) -> Applicati
         logging_config=logging_config(),
     )
     return gateway.deployment(args).bind(args, director.bind(args, environment))
+
+
+def _name(reference: str) -> str:
+    """What a model without a `model_id` is called (see rollout.Target), without asking the registry."""
+    registered = re.match(r"models:/([^/@]+)", reference)
+    if registered:
+        return registered[1]
+    return Path(reference).name if Path(reference).is_dir() else reference

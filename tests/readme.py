@@ -1,16 +1,32 @@
-"""The README's commands and code, as they stand there, for tests that run them."""
+"""The commands and code of README.md and docs/, as they stand there, for tests that run or check them."""
 
 import re
 
 from tests.conftest import REPOSITORY
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PROGRAMS = ("heliostat", "curl", "serve", "make", "python", "pip")
+
+
+def document(name: str) -> str:
+    """The text of a document of docs/."""
+    return (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+
+
+def section(heading: str, text: str = TEXT) -> str:
+    """What is below a heading."""
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def shell(text: str) -> list[str]:
+    """The command lines of the indented blocks of a text; one that goes on behind a backslash is one."""
+    lines = text.replace("\\\n", "").splitlines()
+    return [line.strip() for line in lines if line.startswith(tuple(f"    {name} " for name in PROGRAMS))]
 
 
 def commands(heading: str) -> list[list[str]]:
-    """The `heliostat` commands of the indented block below a heading, each as its arguments."""
-    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return [line.split()[1:] for line in section.splitlines() if line.startswith("    heliostat ")]
+    """The `heliostat` commands of the indented block below a heading of the README, each as its arguments."""
+    return [line.split()[1:] for line in shell(section(heading)) if line.startswith("heliostat ")]
 
 
 def python() -> str:

@@ -86,6 +86,11 @@ NOT_JSON = [
     raw('{"model": "tiny", "prompt": ' + "[" * 5_000 + "]" * 5_000 + "}"),
     raw(f'{{"model": "tiny", "prompt": "{SECRET}", "n": {"9" * 5000}}}'),
 ]
+# Around the depth that Python's parser still takes, and what comes after it may not.
+DEEP = [
+    raw(f'{{"model": "tiny", "prompt": "{SECRET}", "no name": {"[" * depth}{"]" * depth}}}', None, None)
+    for depth in range(900, 1000, 3)
+]
 NOT_AN_OBJECT = [
     *(raw(text, None, VALUE) for text in ("[]", f'["{SECRET}"]', f'"{SECRET}"', "1", "true", "1e999")),
     raw("null", None, None),
@@ -309,6 +314,7 @@ LONG = [
 ]
 ROWS = [
     *NOT_JSON,
+    *DEEP,
     *NOT_AN_OBJECT,
     *SURROGATES,
     *TWICE,

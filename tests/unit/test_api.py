@@ -648,12 +648,15 @@ def test_what_is_refused_is_counted_by_its_reason_and_logged(service: Running, m
     changes: list[dict[str, Any]] = [{}, {"prompt": "x" * 600}, {"model": SECRET}, {"n": 0}, {"prompt": ""}]
     statuses = [behind(service, app, "POST", "/completions", json=body | each).status_code for each in changes]
     assert statuses == [200, 413, 404, 400, 400]
+    as_json = {"Content-Type": "application/json"}
+    assert behind(service, app, "POST", "/completions", content=b'{"\xff', headers=as_json).status_code == 400
     assert [(line.status, line.error, line.model) for line in lines] == [
         (200, None, "tiny"),
         (413, "body_too_large", None),
         (404, "model_not_found", None),
         (400, "invalid_value", None),
         (400, "invalid_value", "tiny"),
+        (400, "invalid_json", None),
     ]
     assert len({line.request_id for line in lines}) == len(lines)
     assert {
@@ -661,10 +664,10 @@ def test_what_is_refused_is_counted_by_its_reason_and_logged(service: Running, m
     } == {
         ("unknown", "too_large"): 1,
         ("unknown", "model_not_found"): 1,
-        ("unknown", "invalid_request"): 1,
+        ("unknown", "invalid_request"): 2,
         ("tiny", "invalid_request"): 1,
     }
-    assert memory.counters["requests_total", ("unknown", "completions")] == 3
+    assert memory.counters["requests_total", ("unknown", "completions")] == 4
     assert memory.counters["requests_total", ("tiny", "completions")] == 2
 
 

@@ -16,7 +16,7 @@ from heliostat.serving.config import EndpointArgs
 from heliostat.serving.edge import path_of
 from heliostat.serving.exchange import Exchange, Origin, unexpected
 from heliostat.serving.keys import Key, KeyRing
-from heliostat.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, explain
+from heliostat.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, explain, invalid_json
 from heliostat.serving.routing import Router, card
 from heliostat.serving.tracing import Tracing
 
@@ -168,14 +168,19 @@ def _install_error_handlers(app: FastAPI, front: Front) -> None:
     async def api_error(_: Request, error: ApiError) -> Response:
         return _error_response(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(http: Request, error: RequestValidationError) -> Response:
-        problem = explain(error.errors())
+    def refuse(http: Request, problem: ApiError) -> Response:
         front.refused(http.scope, problem)
         return _error_response(problem)
 
+    @app.exception_handler(RequestValidationError)
+    async def malformed(http: Request, error: RequestValidationError) -> Response:
+        return refuse(http, explain(error.errors()))
+
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
+    async def http_error(http: Request, error: HTTPException) -> Response:
+        # FastAPI's, of a body that is no text, too deep, or with too long a number. Other causes: the client is gone.
+        if isinstance(error.__cause__, ValueError | RecursionError):
+            return refuse(http, invalid_json())
         response = _error_response(ApiError(error.status_code, str(error.detail)))
         response.headers.update(error.headers or {})
         return response

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -42,6 +43,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 _INT32 = 2**31 - 1
+# The names that an error may repeat, and places in lists.
+_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 # JSON objects have text keys only: OpenAI's token ids are numbers in quotes.
 TokenId = Annotated[int, Field(ge=0, le=_INT32, strict=False)]
 _PROMPT_SCHEMA: JsonDict = {
@@ -152,8 +155,7 @@ class GenerationRequest(BaseModel):
     def _refuse_unsupported(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             raise PydanticCustomError("not_an_object", "the body must be a JSON object")
-        if not _is_unicode(values):
-            raise PydanticCustomError("not_unicode", "the body has half a surrogate pair, which is no character")
+        _check_text(values)
         for name in sorted(_UNSUPPORTED.keys() & values.keys()):
             if not _asks_for_nothing(values[name], _UNSUPPORTED[name]):
                 raise PydanticCustomError("unsupported_parameter", "`{param}` is not supported here", {"param": name})
@@ -341,13 +343,15 @@ class ChatCompletionRequest(GenerationRequest):
         return asked or max(1, min(default or room, room))
 
 
-def _is_unicode(values: dict[str, Any]) -> bool:
-    """JSON can hold what no text can; tokenizers and UTF-8 answers would fail on it."""
+def _check_text(values: dict[str, Any]) -> None:
+    """Refuse what JSON can hold but no text: tokenizers and UTF-8 answers would fail on it."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        message = "the body has half a surrogate pair, which is no character"
+        raise PydanticCustomError("not_unicode", message) from error
+    except RecursionError as error:  # the parser had a little more of the stack left
+        raise PydanticCustomError("nested", "the body is nested too deep") from error
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -362,19 +366,33 @@ def _is_token_list(value: Any) -> bool:
 def explain(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's validation errors as an error of the API, without the value that was wrong."""
     error = errors[0]
-    place = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-    param = error.get("ctx", {}).get("param") or ".".join(place) or None
+    context = error.get("ctx", {})
+    param = context.get("param") or _named(error["loc"])
     if error["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+        return invalid_json()
     if error["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown parameter `{param}`", param=param, code="unknown_parameter")
+        message = f"unknown parameter `{param}`" if param else "unknown parameter"
+        return ApiError(400, message, param=param, code="unknown_parameter")
     if error["type"] == "missing":
         name = param or "body"
         return ApiError(400, f"`{name}` is missing", param=param, code="missing_required_parameter")
     message = re.sub(r"^Input should", "must", error["msg"])
     code = "unsupported_parameter" if error["type"] == "unsupported_parameter" else "invalid_value"
-    text = message if "ctx" in error and "param" in error["ctx"] else f"`{param}`: {message}"
-    return ApiError(400, text if param else message, param=param, code=code)
+    text = message if param is None or "param" in context else f"`{param}`: {message}"
+    return ApiError(400, text, param=param, code=code)
+
+
+def _named(place: Sequence[str | int]) -> str | None:
+    """The parameter at pydantic's `place`, as far as it has a parameter's form: what has not is a client's text."""
+    # Before this mark stands the key itself, which is wrong.
+    names = place[:-2] if place and place[-1] == "[key]" else place
+    parts = [str(name) for name in names if name not in ("body", "query", "path")]
+    return ".".join(takewhile(_NAME.fullmatch, parts)) or None
+
+
+def invalid_json() -> ApiError:
+    """The answer to a body that cannot be parsed."""
+    return ApiError(400, "the body is not valid JSON", code="invalid_json")
 
 
 def model_not_found(name: str) -> ApiError:

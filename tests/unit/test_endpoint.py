@@ -1,6 +1,8 @@
-"""What of an endpoint's settings is refused before anything starts, and what Ray Serve is told of them."""
+"""What of an endpoint's settings is refused before anything starts, and what Ray Serve and the director are told."""
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,3 +49,25 @@ def test_a_version_that_may_scale_to_none_is_loaded_once(least: int, first: int)
 def test_a_queue_that_ray_serve_does_not_take_is_refused() -> None:
     with pytest.raises(ValidationError, match="max_queued_requests"):
         EndpointArgs(max_queued_requests=0)
+
+
+def test_a_replica_that_ends_does_not_tell_that_it_is_ill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve calls `__del__` on the event loop, which goes on for a moment: the version would seem to be down."""
+    told: list[bool] = []
+    model = SimpleNamespace(healthy=True, state=lambda: None, close=lambda: setattr(model, "healthy", False))
+    beat = SimpleNamespace(remote=lambda app, replica, works: told.append(works))
+    context = SimpleNamespace(app_name="app", replica_id=SimpleNamespace(unique_id="1"))
+    monkeypatch.setattr(replica, "_REPORT_S", 0.001)
+    monkeypatch.setattr(replica.serve, "get_replica_context", lambda: context)
+
+    async def end() -> None:
+        ending: Any = object.__new__(replica.Replica)
+        ending._model, ending._metrics = model, SimpleNamespace(report=lambda state: None)
+        ending._reporting = asyncio.create_task(ending._report(SimpleNamespace(beat=beat)))
+        while not told:
+            await asyncio.sleep(0.001)
+        ending.__del__()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(end())
+    assert set(told) == {True}

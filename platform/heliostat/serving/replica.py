@@ -33,6 +33,7 @@ class Replica:
     """One copy of a model, and what generates with it."""
 
     _model: "Hosted | None" = None
+    _reporting: "asyncio.Task[None] | None" = None
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, reference: str, model_id: str, version: str, args: EndpointArgs, director: DeploymentHandle | None = None
@@ -89,6 +90,8 @@ class Replica:
         return self._model
 
     def __del__(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()  # a replica that ends is not ill
         if self._model is not None:
             self._model.close()
 

@@ -1,6 +1,6 @@
 """The `serving` section: what `heliostat serve` serves, and where. Knows values, not what is done with them."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -55,6 +55,11 @@ class EndpointArgs(StrictModel):
     models: list[ModelArgs] = Field(default_factory=list)
     """More models behind the same endpoint."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates: transformers' continuous batching, or vLLM (the extra `heliostat[vllm]`; see docs/vllm.md)."""
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's own engine arguments, as ray.serve.llm takes them; only with `engine: vllm`."""
+
     num_replicas: PositiveInt = 1
     """Replicas of each model; `autoscaling` replaces it."""
     autoscaling: AutoscalingArgs | None = None
@@ -95,6 +100,18 @@ class EndpointArgs(StrictModel):
     """Serve the page at `/`."""
     tracing: bool = False
     """Send OpenTelemetry traces; where to is said by the standard variables OTEL_EXPORTER_OTLP_ENDPOINT and so on."""
+
+    @model_validator(mode="after")
+    def _settings_of_the_engine(self) -> Self:
+        if self.engine == "transformers" and self.engine_kwargs:
+            raise ValueError("`engine_kwargs` are vLLM's; they need `engine: vllm`")
+        for name in ("max_batch_tokens", "cache_tokens"):
+            if self.engine == "vllm" and getattr(self, name) != EndpointArgs.model_fields[name].default:
+                raise ValueError(
+                    f"`{name}` is of `engine: transformers`; vLLM has max_num_batched_tokens and "
+                    "gpu_memory_utilization among its `engine_kwargs`"
+                )
+        return self
 
     def all_models(self) -> list[ModelArgs]:
         """`model` and `models` together."""

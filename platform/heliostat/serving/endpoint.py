@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from heliostat.errors import ConfigError
-from heliostat.serving import gateway, tracing
+from heliostat.serving import gateway, tracing, vllm
 from heliostat.serving.applications import DIRECTOR
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.keys import KeyRing
@@ -33,8 +33,8 @@ def application(args: EndpointArgs, environment: Mapping[str, str]) -> Applicati
     """The Serve application for `args`. `environment`: variables that tell its processes where the registry is.
 
     Raises:
-        ConfigError: `args` names no model, or two of the same name; the file of API keys is wrong; tracing is asked for
-            and not installed.
+        ConfigError: `args` names no model, or two of the same name; the file of API keys is wrong; tracing or vLLM is
+            asked for and not installed, or vLLM cannot be had as it is asked for.
     """
     if not args.all_models():
         raise ConfigError("`model` is missing from the endpoint's args; give models:/NAME@ALIAS or a bundle folder")
@@ -44,6 +44,7 @@ def application(args: EndpointArgs, environment: Mapping[str, str]) -> Applicati
     if args.api_keys:
         KeyRing(args.api_keys)
     tracing.check(args.tracing)
+    vllm.check(args)
     director = serve.deployment(
         Director,
         name=DIRECTOR,

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ from heliostat.errors import HeliostatError, ModelError, ResourceError
 from heliostat.serving import attention, linears, memory
 from heliostat.serving.admission import Admission
 from heliostat.serving.admission import Overloaded as Overloaded
+from heliostat.serving.bounds import Bounds, positions
 from heliostat.serving.calls import Delta
 from heliostat.serving.sampler import ROW, Row, Sampler
-from heliostat.serving.sampling import InvalidRequest, SamplingParams
+from heliostat.serving.sampling import SamplingParams
 from heliostat.serving.text import Completion, TokenTexts
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,7 @@ class Engine:
         self._cache_tokens = cache_tokens
         self._admission = Admission(cache_tokens, max_batch_requests, max_queued_tokens)
         self._eos = token_ids(model.generation_config.eos_token_id)
-        self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
-        self._max_length = 0
+        self._bounds = Bounds(model.get_input_embeddings().weight.shape[0], max_length=0)
         self._manager: ContinuousBatchingManager | None = None
         self._requests: dict[str, _Request] = {}
         self._failure: Exception | None = None
@@ -141,7 +141,7 @@ class Engine:
         await asyncio.to_thread(linears.arrange, self._model)
         manager = await asyncio.to_thread(self._new_manager)
         capacity = infer_max_single_request_tokens(manager.batch_processor.cache)
-        self._max_length = min(_positions(self._model.config), capacity)
+        self._bounds = replace(self._bounds, max_length=min(positions(self._model.config), capacity))
         # The generation thread inherits `daemon`, so that neither keeps a process alive that forgets to close.
         self._supervisor = threading.Thread(target=self._supervise, args=(manager,), name="engine", daemon=True)
         self._supervisor.start()
@@ -163,7 +163,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Tokens that prompt and completion of one request may have together."""
-        return self._max_length
+        return self._bounds.max_length
 
     @property
     def in_flight(self) -> int:
@@ -194,16 +194,7 @@ class Engine:
         Raises:
             InvalidRequest: the prompt is empty, has ids that are no tokens, or is longer than the model's context.
         """
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty; it must have at least one token", "prompt")
-        if not all(type(token) is int and 0 <= token < self._vocab_size for token in prompt_ids):
-            raise InvalidRequest(f"the prompt has ids that are not tokens (0 to {self._vocab_size - 1})", "prompt")
-        if len(prompt_ids) > self._max_length:
-            raise InvalidRequest(
-                f"this model takes at most {self._max_length} tokens: the prompt has {len(prompt_ids)}",
-                "prompt",
-                code="context_length_exceeded",
-            )
+        self._bounds.check_prompt(prompt_ids)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse what could not be generated, or would make a step of the loop raise.
@@ -212,17 +203,7 @@ class Engine:
             InvalidRequest: see `check_prompt`; or the prompt is too long for `params.max_tokens`, or a setting names
                 ids that are no tokens.
         """
-        self.check_prompt(prompt_ids)
-        if len(prompt_ids) + params.max_tokens > self._max_length:
-            raise InvalidRequest(
-                f"this model takes at most {self._max_length} tokens: the prompt has {len(prompt_ids)} and "
-                f"max_tokens asks for {params.max_tokens} more; shorten the prompt or lower max_tokens",
-                "prompt" if len(prompt_ids) >= self._max_length else "max_tokens",
-                code="context_length_exceeded",
-            )
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if not all(0 <= token < self._vocab_size for token in ids):
-                raise InvalidRequest(f"`{name}` has ids that are not tokens (0 to {self._vocab_size - 1})", name)
+        self._bounds.check(prompt_ids, params)
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, emitted: Sequence[int] = ()
@@ -246,7 +227,8 @@ class Engine:
         if completion.finish_reason is not None:
             yield completion.extend(())
             return
-        row = Row(params, len(prompt_ids), [token for token in ends if token < self._vocab_size], skipped=len(emitted))
+        known = [token for token in ends if token < self._bounds.vocabulary]
+        row = Row(params, len(prompt_ids), known, skipped=len(emitted))
         request = self._submit(whole, row, ends)
         given = 0
         try:
@@ -452,11 +434,6 @@ def _usage(cache: Any) -> float:
         len(allocator.ledger.cached_blocks) * allocator.bytes_per_block for allocator in cache.cache_allocators.values()
     )
     return float(1 - cache.compute_free_capacity() - kept / (cache.num_sectors * cache.bytes_per_sector))
-
-
-def _positions(config: Any) -> int:
-    """The longest sequence of a model. Architectures without absolute positions give no such number."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1)
 
 
 def token_ids(value: int | Sequence[int] | None) -> frozenset[int]:

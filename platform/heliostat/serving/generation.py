@@ -4,15 +4,39 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from heliostat.serving.admission import Overloaded
 from heliostat.serving.calls import Accepted, Broken, Delta, Deltas, Message, Refused, Resumed, TokenLogprob
 from heliostat.serving.engine import EngineFailed
+from heliostat.serving.prompts import PromptEncoder
 from heliostat.serving.protocol import ChatCompletionRequest, CompletionRequest
-from heliostat.serving.sampling import InvalidRequest, SamplingParams
-from heliostat.serving.served import ServedModel
+from heliostat.serving.sampling import DecodingDefaults, InvalidRequest, SamplingParams
 
 Request = CompletionRequest | ChatCompletionRequest
+
+
+class Served(Protocol):
+    """A model that answers requests, whatever runs it; served.ServedModel says what each of these does."""
+
+    @property
+    def prompts(self) -> PromptEncoder: ...
+
+    @property
+    def defaults(self) -> DecodingDefaults: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None: ...
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None: ...
+
+    def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, emitted: Sequence[int] = ()
+    ) -> AsyncGenerator[tuple[int, Delta]]: ...
+
+    async def score(self, prompt_ids: Sequence[int], top: int) -> list[TokenLogprob | None]: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +49,7 @@ class Job:
 
 
 async def answer(
-    served: ServedModel, request: Request, resumed: Resumed, max_prompt_tokens: int | None = None
+    served: Served, request: Request, resumed: Resumed, max_prompt_tokens: int | None = None
 ) -> AsyncGenerator[Message]:
     """Accepted, then lists of deltas until each choice has its last; or Refused alone; or Broken as the end.
 
@@ -51,7 +75,7 @@ async def answer(
         yield Broken(str(error))
 
 
-async def _encode(served: ServedModel, request: Request, limit: int | None) -> list[list[int]]:
+async def _encode(served: Served, request: Request, limit: int | None) -> list[list[int]]:
     if isinstance(request, ChatCompletionRequest):
         if not served.prompts.has_chat_template:
             raise InvalidRequest("this model has no chat template; use /v1/completions", "model")
@@ -74,7 +98,7 @@ def _own_name(request: Request, param: str) -> str:
     return "messages" if param == "prompt" and isinstance(request, ChatCompletionRequest) else param
 
 
-def _jobs(served: ServedModel, request: Request, prompts: Sequence[list[int]]) -> list[Job]:
+def _jobs(served: Served, request: Request, prompts: Sequence[list[int]]) -> list[Job]:
     """The calls of the model: `candidates` for each prompt, all beams of a prompt in one."""
     found = []
     for number, ids in enumerate(prompts):
@@ -106,7 +130,7 @@ def _following(seed: int) -> int:
     return seed + 1 if seed < 2**63 - 1 else -(2**63)
 
 
-async def _accepted(served: ServedModel, request: Request, prompts: Sequence[list[int]]) -> Accepted:
+async def _accepted(served: Served, request: Request, prompts: Sequence[list[int]]) -> Accepted:
     tokens = sum(map(len, prompts))
     choices = len(prompts) * request.candidates
     if not isinstance(request, CompletionRequest) or not request.echo:
@@ -119,7 +143,7 @@ async def _accepted(served: ServedModel, request: Request, prompts: Sequence[lis
     return Accepted(tokens, choices, texts, rows)
 
 
-async def _score(served: ServedModel, prompts: Sequence[list[int]], top: int) -> list[list[TokenLogprob | None]]:
+async def _score(served: Served, prompts: Sequence[list[int]], top: int) -> list[list[TokenLogprob | None]]:
     """All at once, so that they share batches. The first error ends them all."""
     tasks = [asyncio.create_task(served.score(ids, top)) for ids in prompts]
     try:
@@ -129,14 +153,12 @@ async def _score(served: ServedModel, prompts: Sequence[list[int]], top: int) ->
             task.cancel()
 
 
-def _with_first(
-    served: ServedModel, ids: Sequence[int], row: Sequence[TokenLogprob | None]
-) -> tuple[TokenLogprob, ...]:
+def _with_first(served: Served, ids: Sequence[int], row: Sequence[TokenLogprob | None]) -> tuple[TokenLogprob, ...]:
     first = TokenLogprob(ids[0], served.prompts.decode(ids[:1]), None)
     return tuple(token or first for token in row)
 
 
-async def _run(served: ServedModel, jobs: Sequence[Job], resumed: Resumed) -> AsyncGenerator[Deltas]:
+async def _run(served: Served, jobs: Sequence[Job], resumed: Resumed) -> AsyncGenerator[Deltas]:
     """All jobs at once; yields what has come of any of them. The first error ends them all."""
     arrived: asyncio.Queue[Deltas | Exception] = asyncio.Queue()
 

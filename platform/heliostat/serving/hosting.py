@@ -1,33 +1,52 @@
 """One loaded model, with what a replica does with it. Knows models and the registry, neither HTTP nor Ray."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 
 from heliostat.errors import GateRefused
-from heliostat.models.base import load_for_inference
+from heliostat.models import base
 from heliostat.registry import versions
 from heliostat.serving import parity, tracing
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import EngineState
-from heliostat.serving.generation import Request, answer
+from heliostat.serving.generation import Request, Served, answer
 from heliostat.serving.served import ServedModel
+
+
+class Running(Served, Protocol):
+    """A served model as its replica sees it; served.ServedModel says what each of these does."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def state(self) -> EngineState: ...
+
+    def close(self) -> None: ...
 
 
 class Hosted:
     """A model that answers calls."""
 
-    def __init__(self, served: ServedModel, version: str, args: EndpointArgs) -> None:
-        """`version`: for traces.
+    def __init__(self, served: Running, check: Callable[[], Awaitable[None]], version: str, args: EndpointArgs) -> None:
+        """`check`: raises GateRefused where the model does not answer as it should. `version`: for traces.
 
         Raises:
             ConfigError: tracing is asked for and not installed.
         """
         self._served = served
+        self._check = check
         self._version = version
         self._max_prompt_tokens = args.max_prompt_tokens
         self._tracing = tracing.start(args.tracing, "replica")
@@ -40,10 +59,17 @@ class Hosted:
             UserError: it cannot be found, trusted, loaded or run; the message says why.
         """
         torch.set_num_threads(max(1, int(args.num_cpus)))
-        device = "cuda" if args.num_gpus > 0 else "cpu"
         resolved = await asyncio.to_thread(versions.resolve, reference)
-        loaded = await asyncio.to_thread(load_for_inference, resolved.path, device=device)
-        return cls(await ServedModel.start(loaded, model_id, args), version, args)
+        if args.engine == "vllm":
+            from heliostat.serving.vllm_model import VllmModel  # which only those need who have vLLM
+
+            source = await asyncio.to_thread(base.resolve, resolved.path)
+            model = await VllmModel.start(source, model_id, args)
+            return cls(model, model.try_out, version, args)
+        device = "cuda" if args.num_gpus > 0 else "cpu"
+        loaded = await asyncio.to_thread(base.load_for_inference, resolved.path, device=device)
+        served = await ServedModel.start(loaded, model_id, args)
+        return cls(served, partial(parity.check_served, served), version, args)
 
     async def answer(self, request: Request, resumed: Resumed, trace: Mapping[str, str]) -> AsyncGenerator[Message]:
         """See `generation.answer`; `trace` is the W3C trace context of the caller."""
@@ -61,9 +87,12 @@ class Hosted:
             span.ended(tokens, problem)
 
     async def check(self) -> str | None:
-        """Answer the check prompts with the engine and with `generate()`; why the two differ, if they do."""
+        """Answer the check prompts; why the answers are not what they should be, if so.
+
+        transformers' engine must give what `generate()` gives. vLLM, whose rounding is another, must only answer.
+        """
         try:
-            await parity.check_served(self._served)
+            await self._check()
         except GateRefused as error:
             return str(error)
         return None
@@ -92,7 +121,7 @@ class Hosted:
         self._tracing.close()
 
 
-def about(served: ServedModel) -> dict[str, Any]:
+def about(served: Served) -> dict[str, Any]:
     """What a route tells of its model: chat, max_length and decoding, as in routing.Version."""
     found = served.defaults.in_force()
     decoding = {

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from heliostat.serving import logs
+from heliostat.serving import logs, vllm
 from heliostat.serving.applications import REPLICA
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import AutoscalingArgs, EndpointArgs
@@ -110,11 +110,7 @@ def application(
         name=REPLICA,
         num_replicas=None if args.autoscaling else args.num_replicas,
         autoscaling_config=_scaling(args.autoscaling) if args.autoscaling else None,
-        ray_actor_options={
-            "num_cpus": args.num_cpus,
-            "num_gpus": args.num_gpus,
-            "runtime_env": {"env_vars": dict(environment)},
-        },
+        **_resources(args, environment),
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         max_constructor_retry_count=args.max_constructor_retry_count,
@@ -129,3 +125,12 @@ def application(
 def _scaling(scaling: AutoscalingArgs) -> dict[str, Any]:
     """At least one at first: a version that cannot be loaded is found out, even where none is kept running."""
     return {**scaling.model_dump(), "initial_replicas": max(1, scaling.min_replicas)}
+
+
+def _resources(args: EndpointArgs, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Options of the deployment: what Ray reserves for a replica, and the variables of its processes."""
+    if args.engine == "vllm":
+        actor = {"num_cpus": args.num_cpus, "runtime_env": {"env_vars": {**environment, **vllm.ENVIRONMENT}}}
+        return {"ray_actor_options": actor, **vllm.placement(args)}
+    runtime_env = {"env_vars": dict(environment)}
+    return {"ray_actor_options": {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "runtime_env": runtime_env}}

@@ -45,6 +45,8 @@ _UNVERSIONED = "unversioned"
 _LOOK_S = 0.2
 _EVALUATION_TAGS = (versions.EVALUATION_PREFIX, versions.EVALUATION_DATA_PREFIX)
 _REPLICA_KEYS = (
+    "engine",
+    "engine_kwargs",
     "num_replicas",
     "autoscaling",
     "num_cpus",

@@ -54,11 +54,12 @@ def test_a_queue_that_ray_serve_does_not_take_is_refused() -> None:
 def test_a_replica_that_ends_does_not_tell_that_it_is_ill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Serve calls `__del__` on the event loop, which goes on for a moment: the version would seem to be down."""
     told: list[bool] = []
-    model = SimpleNamespace(healthy=True, state=lambda: None, close=lambda: setattr(model, "healthy", False))
+    model = SimpleNamespace(healthy=True, state=lambda: None)
+    model.close = lambda: setattr(model, "healthy", False)
     beat = SimpleNamespace(remote=lambda app, replica, works: told.append(works))
     context = SimpleNamespace(app_name="app", replica_id=SimpleNamespace(unique_id="1"))
     monkeypatch.setattr(replica, "_REPORT_S", 0.001)
-    monkeypatch.setattr(replica.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
 
     async def end() -> None:
         ending: Any = object.__new__(replica.Replica)

@@ -17,7 +17,7 @@ from ray import serve
 from heliostat import cluster
 from heliostat.errors import HeliostatError, ResourceError
 from heliostat.registry import store
-from heliostat.serving import applications, bind, edge, rollout
+from heliostat.serving import applications, bind, edge, rollout, vllm
 from heliostat.serving.applications import APPLICATION
 from heliostat.serving.config import EndpointArgs, ServingConfig
 from heliostat.serving.endpoint import application
@@ -49,6 +49,7 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
     Raises:
         ResourceError: the port is taken, the host is open to others without API keys, the cluster is too small, or
             Serve already runs applications on it.
+        ConfigError: see `endpoint.application`.
         ModelError, RegistryError: a model does not exist, or cannot be loaded or run.
         HeliostatError: the endpoint did not start for another reason. Nothing is left running.
     """
@@ -57,6 +58,7 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
     cluster.require({"CPU": config.num_cpus, "GPU": config.num_gpus}, _replicas(config), "serving.num_replicas")
     values = {key: value for key, value in config.model_dump().items() if key in EndpointArgs.model_fields}
     args = EndpointArgs(**(values | {"model": reference, "model_id": model_id or config.model_id}))
+    vllm.check(args)
     names = [rollout.Target.of(model, args).id for model in args.all_models()]  # what is wrong is told at once
     if serve.status().applications:
         raise ResourceError("Ray Serve already runs applications on this cluster; stop them first (`serve shutdown`)")

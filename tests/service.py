@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import openai
+import uvicorn
 from starlette.types import ASGIApp
 
 from heliostat.models.base import InferenceModel
@@ -108,6 +111,30 @@ def running(loaded: InferenceModel, args: EndpointArgs | None = None, front: Fro
             yield Running(runner, served, http)
         finally:
             runner.run(open_service.__aexit__(None, None, None))
+
+
+@contextmanager
+def listening(loaded: InferenceModel, args: EndpointArgs | None = None) -> Iterator[str]:
+    """The application behind a real HTTP server in a thread, at this address."""
+    started = threading.Event()
+    servers: list[uvicorn.Server] = []
+
+    async def serve(listener: socket.socket) -> None:
+        async with application(loaded, args) as (_, app):
+            servers.append(uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)))
+            started.set()
+            await servers[0].serve([listener])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(serve(listener)))
+        thread.start()
+        try:
+            assert started.wait(120)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            for server in servers:
+                server.should_exit = True
+            thread.join()
 
 
 def events(response: httpx2.Response) -> list[Any]:

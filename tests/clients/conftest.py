@@ -1,18 +1,16 @@
-"""One endpoint for all clients: a tiny random chat model whose greedy answers are known from `generate`."""
+"""The endpoint's application for all clients: a tiny random chat model whose greedy answers `generate` knows, too."""
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from heliostat.models import base, scratch
-from heliostat.serving import launch
-from heliostat.serving.config import ServingConfig
+from heliostat.serving.config import EndpointArgs
 from tests import tiny
+from tests.service import SIZES, listening
 
 # Read when the libraries are imported: no look-ups on the internet, nothing sent anywhere.
 os.environ.update({"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "LANGSMITH_TRACING": "false"})
@@ -43,15 +41,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def endpoint(ray_cluster: Any, model_folder: Path) -> Iterator[Served]:
+def endpoint(model_folder: Path) -> Iterator[Served]:
     """The running endpoint."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = ServingConfig(num_cpus=0.5, cache_tokens=8192, port=port)
-    running = launch.start(config, str(model_folder))
-    yield Served(running.url, running.model_id, "none", model_folder)
-    running.stop()
+    args = EndpointArgs(**SIZES | {"cache_tokens": 8192})
+    with listening(base.load_for_inference(str(model_folder)), args) as url:
+        yield Served(f"{url}/v1", "tiny", "none", model_folder)
 
 
 @pytest.fixture(scope="package")

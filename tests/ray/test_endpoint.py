@@ -64,7 +64,7 @@ def client(endpoint: launch.Endpoint) -> openai.OpenAI:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -265,18 +265,38 @@ def test_a_bundle_tuned_for_what_needs_generate_is_served_by_it(no_endpoint: Non
     running.stop()
 
 
-def test_the_serve_config_deploys(no_endpoint: None, ray_cluster: Any, model_folder: Path) -> None:
-    settings = yaml.safe_load((ROOT / "serve" / "local.yaml").read_text())
-    port = settings["http_options"]["port"] = free_port()
+@pytest.fixture
+def serve_config(model_folder: Path) -> dict[str, Any]:
+    """serve/local.yaml for the tiny model, on a free port."""
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "serve" / "local.yaml").read_text())
+    settings["http_options"]["port"] = free_port()
     application = settings["applications"][0]
     EndpointArgs(**application["args"])
     application["args"].update(model=str(model_folder), num_cpus=0.5)
     application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-    dashboard = ray_cluster._private.worker.get_dashboard_url()
+    return settings
+
+
+def deploy(settings: dict[str, Any]) -> str:
+    """By Serve's own client. Returns the origin of the URLs."""
+    dashboard = ray._private.worker.get_dashboard_url()
     ServeSubmissionClient(f"http://{dashboard}").deploy_applications(settings)
-    until(lambda: answers(f"http://127.0.0.1:{port}/health"))
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    return f"http://127.0.0.1:{settings['http_options']['port']}"
+
+
+def test_the_serve_config_deploys(no_endpoint: None, serve_config: dict[str, Any]) -> None:
+    origin = deploy(serve_config)
+    until(lambda: answers(f"{origin}/health"))
+    client = openai.OpenAI(base_url=f"{origin}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list().data] == ["tiny-chat"]
+    serve.shutdown()
+
+
+def test_a_serve_config_that_is_open_to_all_does_not_deploy(no_endpoint: None, serve_config: dict[str, Any]) -> None:
+    serve_config["http_options"]["host"] = "0.0.0.0"
+    origin = deploy(serve_config)
+    until(lambda: "it has no API keys" in applications.report("heliostat"))
+    assert not answers(f"{origin}/v1/models")
     serve.shutdown()
 
 

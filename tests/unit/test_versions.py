@@ -309,3 +309,17 @@ def test_only_bundles_share(run_id: str, bundle: Path, tmp_path: Path, name: str
     with pytest.raises(ModelError, match=r"heliostat.json: is damaged or not a bundle manifest"):
         versions.register(run_id, write_bundle(tmp_path / "b", weights=LARGE), name, {}, shares=version)
     assert versions.aliases(name) == {"challenger": "1"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "is_one"),
+    [
+        ("models:/cron@champion", True),
+        ("models:/cron/3", False),
+        ("gpt2", False),
+        ("/a@b", False),
+        ("models:/@x", False),
+    ],
+)
+def test_only_aliases_move(reference: str, is_one: bool) -> None:
+    assert versions.is_alias(reference) == is_one

@@ -151,6 +151,12 @@ def look_up(reference: str) -> ModelVersion | None:
     return get_version(name, number) if number else version_of_alias(name, alias)
 
 
+def is_alias(reference: str) -> bool:
+    """Whether it is models:/NAME@ALIAS, which can come to stand for another version."""
+    match = _REFERENCE.fullmatch(reference)
+    return match is not None and match["alias"] is not None
+
+
 def get_version(name: str, version: str) -> ModelVersion:
     """The version of the model.
 

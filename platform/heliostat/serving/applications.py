@@ -36,7 +36,7 @@ def run(application: Application, name: str, route_prefix: str | None, logs: Log
     try:
         serve.run(application, name=name, route_prefix=route_prefix, blocking=False, logging_config=logs)
     except RuntimeError as error:
-        raise _real_error(_report(name) or str(error)) from None
+        raise _real_error(report(name) or str(error)) from None
 
 
 def delete(name: str) -> None:
@@ -63,7 +63,8 @@ def _works(deployment: DeploymentStatusOverview) -> bool:
     return scales or states.get(ReplicaState.RUNNING, 0) > 0 or set(states) <= {ReplicaState.STOPPING}
 
 
-def _report(name: str) -> str:
+def report(name: str) -> str:
+    """What Serve says of an application: why it failed, for one."""
     application = serve.status().applications.get(name)
     if application is None:
         return ""

@@ -18,7 +18,8 @@ def check_bind(host: str, api_keys: str | None, insecure: bool) -> None:
     if not insecure:
         raise ResourceError(
             f"serving.host={host} makes the endpoint reachable from other machines, and it has no API keys; make some "
-            "(`heliostat keys add keys.json NAME`) and set serving.api_keys=keys.json, or set serving.host=127.0.0.1"
+            "(`heliostat keys add keys.json NAME`) and set serving.api_keys=keys.json, or set serving.host=127.0.0.1 "
+            "(in a Serve config: api_keys of the application's args, host of http_options)"
         )
     print(
         f"WARNING: INSECURE: everybody who reaches {host} may use the endpoint: it has no API keys (serving.insecure)",

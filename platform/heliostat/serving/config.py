@@ -93,6 +93,8 @@ class EndpointArgs(StrictModel):
     """Processes that answer HTTP: they check keys and requests, and pass on to the replicas."""
     api_keys: str | None = None
     """File of API keys (`heliostat keys add FILE NAME`); without, everybody who reaches the endpoint may use it."""
+    insecure: bool = False
+    """Listen on any host without API keys: everybody who reaches it may use it."""
     max_body_bytes: int = Field(4 << 20, ge=1, le=32 << 20)
     max_prompt_tokens: PositiveInt | None = None
     """Longer prompts are refused, even where the model could take them."""
@@ -127,8 +129,6 @@ class ServingConfig(EndpointArgs):
     port: int = Field(8000, ge=1, le=65535)
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
-    insecure: bool = False
-    """Bind to any host without API keys: everybody who reaches it may use it."""
 
     @model_validator(mode="after")
     def _whole_certificate(self) -> Self:

@@ -10,11 +10,12 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from heliostat.serving import logs
+from heliostat.serving import bind, logs
 from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.applications import REPLICA
 from heliostat.serving.calls import Message, Resumed
@@ -34,8 +35,13 @@ class Gateway:
     """One process that answers HTTP for all models of an endpoint."""
 
     async def __init__(self, args: EndpointArgs, director: DeploymentHandle) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        """Learn the routes; the gateway takes requests when all models are loaded."""
+        """Learn the routes; the gateway takes requests when all models are loaded.
+
+        Raises:
+            ResourceError: Serve's proxies can be reached from other machines, and there are no keys.
+        """
         logs.setup()
+        bind.check_bind(await asyncio.to_thread(_host), args.api_keys, args.insecure)
         self._handles: dict[str, DeploymentHandle] = {}
         self._director = director
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -88,6 +94,11 @@ class Gateway:
         return self._handles[app]
 
 
+def _host() -> str:
+    """Where Serve's proxies listen: whoever started Serve may have left that to its default, which is everywhere."""
+    return str(_get_global_client().http_config.host)
+
+
 def deployment(args: EndpointArgs) -> Any:
     """The gateways of an endpoint, to be bound to `args` and a director."""
     return serve.deployment(
@@ -96,6 +107,7 @@ def deployment(args: EndpointArgs) -> Any:
         num_replicas=args.gateways,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_CONNECTIONS,
+        max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=args.drain_timeout_s,
         logging_config=logs.logging_config(),
     )

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from heliostat import __version__
 from heliostat.errors import GateRefused, HeliostatError, RegistryError, ResourceError
@@ -256,13 +258,15 @@ class _Follower:
             self._retire(app)
 
     async def run(self) -> None:
-        """Follow the reference for ever."""
+        """Follow the reference: for ever, if it is an alias; any other stands for the same thing always."""
         trouble = None
         while True:
             await asyncio.sleep(self._args.poll_s)
             try:
                 await self._follow()
                 trouble = None
+                if not versions.is_alias(self._model.model):
+                    return
             except Exception as error:
                 if trouble != (trouble := logs.describe(error)):
                     logger.error("%s cannot be followed at the moment: %s", self._model.model, trouble)
@@ -309,28 +313,33 @@ class _Follower:
         """
         app = await asyncio.to_thread(_new_name, target.base)
         try:
-            await self._deploy(target, app)
-            wrong: str | None = await serve.get_deployment_handle(REPLICA, app).check.remote()
-            if wrong is not None:
-                raise GateRefused(wrong)
-            return await _about(app, target.registered)
-        except BaseException:
+            async with asyncio.timeout(self._args.startup_timeout_s):
+                return await self._load(target, app)
+        except BaseException as error:
             await asyncio.to_thread(applications.delete, app)
+            if isinstance(error, TimeoutError):
+                raise self._too_slow() from error
             raise
 
-    async def _deploy(self, target: Target, app: str) -> None:
+    async def _load(self, target: Target, app: str) -> Version:
         director = serve.get_deployment_handle(DIRECTOR, APPLICATION)
         version = application(
             target.reference, target.id, target.version or "", self._args, self._environment, director
         )
+        await asyncio.to_thread(applications.run, version, app, None, logs.logging_config())
         try:
-            async with asyncio.timeout(self._args.startup_timeout_s):
-                await asyncio.to_thread(applications.run, version, app, None, logs.logging_config())
-        except TimeoutError as error:
-            raise ResourceError(
-                f"it was not loaded within serving.startup_timeout_s={self._args.startup_timeout_s:g}: the cluster may "
-                f"have no room for {self._args.num_cpus:g} CPU and {self._args.num_gpus:g} GPU beside what is served"
-            ) from error
+            wrong: str | None = await serve.get_deployment_handle(REPLICA, app).check.remote()
+            if wrong is not None:
+                raise GateRefused(wrong)
+            return await _about(app, target.registered)
+        except (RayError, RayServeException) as error:
+            raise GateRefused(f"its replica was lost while it was checked ({type(error).__name__})") from error
+
+    def _too_slow(self) -> ResourceError:
+        return ResourceError(
+            f"it was not loaded within serving.startup_timeout_s={self._args.startup_timeout_s:g}: the cluster may "
+            f"have no room for {self._args.num_cpus:g} CPU and {self._args.num_gpus:g} GPU beside what is served"
+        )
 
     async def _try_as_canary(self, version: Version, target: Target) -> None:
         """Give the version a share of the traffic for a while.

@@ -134,9 +134,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = found.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    # What the field is kept as: beside the forms that it takes, it would rule the others out.
-    for name in ("type", "items"):
-        schemas["CompletionRequest"]["properties"]["prompt"].pop(name, None)
     schemas.update(_SCHEMAS)
     found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     found["security"] = [{}, {"key": []}]

@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic.config import JsonDict
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from heliostat.errors import HeliostatError
+from heliostat.serving.sampling import MAX_BEAMS, MAX_LOGIT_BIASES, MAX_LOGPROBS
 
 MAX_N = 16
 # Completions of one request: its prompts times `n` or `best_of`.
 MAX_COMPLETIONS = 128
 DEFAULT_MAX_TOKENS = 16
-MAX_LOGPROBS = 20
-MAX_BEAMS = 32
 Prompt = str | list[int]
 
 # Parameters of OpenAI's that are not honoured, and the values (beside null) that ask for nothing.
@@ -47,7 +45,8 @@ _INT32 = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 # JSON objects have text keys only: OpenAI's token ids are numbers in quotes.
 TokenId = Annotated[int, Field(ge=0, le=_INT32, strict=False)]
-_PROMPT_SCHEMA: JsonDict = {
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+_PROMPT_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_COMPLETIONS},
@@ -60,7 +59,7 @@ _PROMPT_SCHEMA: JsonDict = {
         },
     ]
 }
-_STOP_SCHEMA: JsonDict = {
+_STOP_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "string", "minLength": 1, "maxLength": 256},
         {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}, "maxItems": 4},
@@ -136,16 +135,14 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=_INT32)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
-        None, max_length=1024
+        None, max_length=MAX_LOGIT_BIASES
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     num_beams: int | None = Field(None, ge=1, le=MAX_BEAMS)
     length_penalty: float | None = Field(None, ge=-100, le=100, allow_inf_nan=False)
     early_stopping: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
-        None, max_length=4, json_schema_extra=_STOP_SCHEMA
-    )
+    stop: Annotated[list[StopString] | None, Field(max_length=4), WithJsonSchema(_STOP_SCHEMA)] = None
     stop_token_ids: list[Annotated[int, Field(ge=0, le=_INT32)]] | None = Field(None, max_length=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -214,7 +211,7 @@ _SETTINGS = {
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is kept as a list of texts and token lists, whatever form it came in."""
 
-    prompt: list[Prompt] = Field(json_schema_extra=_PROMPT_SCHEMA)
+    prompt: Annotated[list[Prompt], WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool | None = None
     """Give the prompt back before the completion; with `logprobs`, its tokens' probabilities too."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

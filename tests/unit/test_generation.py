@@ -225,7 +225,10 @@ def test_the_endpoints_own_limit_of_prompts(service: Running) -> None:
     assert ask(service, limit=3, prompt=[5, 6, 7], max_tokens=1).accepted.prompt_tokens == 3
     long = ask(service, limit=3, prompt=[[5], [5, 6, 7, 8]], max_tokens=1).first
     assert long == Refused(
-        400, "the prompt has 4 tokens; this endpoint takes at most 3", "prompt", "context_length_exceeded"
+        400,
+        "Input tokens exceed the configured limit of 3 tokens: the prompt has 4",
+        "prompt",
+        "context_length_exceeded",
     )
     chat = ask(service, limit=3, messages=[{"role": "user", "content": "hello"}]).first
     assert isinstance(chat, Refused)

@@ -27,11 +27,7 @@ class Bounds:
         if not all(type(token) is int and 0 <= token < self.vocabulary for token in prompt_ids):
             raise InvalidRequest(f"the prompt has ids that are not tokens (0 to {self.vocabulary - 1})", "prompt")
         if len(prompt_ids) > self.max_length:
-            raise InvalidRequest(
-                f"this model takes at most {self.max_length} tokens: the prompt has {len(prompt_ids)}",
-                "prompt",
-                code="context_length_exceeded",
-            )
+            raise self._too_long(f"the prompt has {len(prompt_ids)}", "prompt")
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse what could not be generated, or would make a step of an engine raise.
@@ -42,15 +38,17 @@ class Bounds:
         """
         self.check_prompt(prompt_ids)
         if len(prompt_ids) + params.max_tokens > self.max_length:
-            raise InvalidRequest(
-                f"this model takes at most {self.max_length} tokens: the prompt has {len(prompt_ids)} and "
-                f"max_tokens asks for {params.max_tokens} more; shorten the prompt or lower max_tokens",
-                "prompt" if len(prompt_ids) >= self.max_length else "max_tokens",
-                code="context_length_exceeded",
-            )
+            asked = f"the prompt has {len(prompt_ids)}, and max_tokens asks for {params.max_tokens} more"
+            raise self._too_long(asked, "prompt" if len(prompt_ids) >= self.max_length else "max_tokens")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if not all(0 <= token < self.vocabulary for token in ids):
                 raise InvalidRequest(f"`{name}` has ids that are not tokens (0 to {self.vocabulary - 1})", name)
+
+    def _too_long(self, asked: str, param: str) -> InvalidRequest:
+        # LiteLLM knows the error by OpenAI's sentence, LangChain by the code where it is part of the text.
+        code = "context_length_exceeded"
+        message = f"this model's maximum context length is {self.max_length} tokens: {asked} ({code})"
+        return InvalidRequest(message, param, code)
 
 
 def positions(config: Any) -> int:

@@ -86,7 +86,8 @@ async def _encode(served: Served, request: Request, limit: int | None) -> list[l
         served.check_prompt(ids)
         if limit is not None and len(ids) > limit:
             raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens; this endpoint takes at most {limit}",
+                # OpenAI's sentence, by which clients know the error.
+                f"Input tokens exceed the configured limit of {limit} tokens: the prompt has {len(ids)}",
                 "prompt",
                 code="context_length_exceeded",
             )

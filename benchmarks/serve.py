@@ -417,6 +417,8 @@ def main() -> None:
     os.environ.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"})
     # Ray would give its processes a lower priority than the peer has, which counts where others use the machine.
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAY_worker_niceness": "0"})
+    # Threads that spin where another program has their core would measure that program.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the peer must not be left behind
     from heliostat import cluster
 

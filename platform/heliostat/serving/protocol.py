@@ -132,14 +132,14 @@ class GenerationRequest(BaseModel):
     typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=_INT32)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
         None, max_length=MAX_LOGIT_BIASES
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     num_beams: int | None = Field(None, ge=1, le=MAX_BEAMS)
-    length_penalty: float | None = Field(None, ge=-100, le=100, allow_inf_nan=False)
+    length_penalty: float | None = Field(None, ge=-10, le=10, allow_inf_nan=False)
     early_stopping: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
     stop: Annotated[list[StopString] | None, Field(max_length=4), WithJsonSchema(_STOP_SCHEMA)] = None

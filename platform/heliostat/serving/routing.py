@@ -79,11 +79,11 @@ class Table:
         Raises:
             ApiError: there is no such model here.
         """
-        name, _, number = model.partition("@")
+        name, at, number = model.partition("@")
         route = self.routes.get(name)
         if route is None:
             raise model_not_found(model)
-        if not number:
+        if not at:
             return route, None
         for version in (route.stable, route.canary):
             if version is not None and version.name == number:

@@ -41,8 +41,9 @@ CACHE_TOKENS, BATCH_TOKENS, PAGE_TOKENS = 16384, 256, 32
 SOAK_CLIENTS, SOAK_WARM_UP_S, SOAK_LOOK_S = 8, 120, 5
 # How a soak names the processes of an endpoint, and what their titles begin with.
 PROCESSES = {
-    "replica": "ray::ServeReplica:heliostat_version",
-    "gateway and director": "ray::ServeReplica:heliostat:",
+    "replica": "ray::ServeReplica:heliostat-model",
+    "gateway": "ray::ServeReplica:heliostat:Gateway",
+    "director": "ray::ServeReplica:heliostat:Director",
     "proxy": "ray::ProxyActor",
     "controller": "ray::ServeController",
 }
@@ -341,13 +342,13 @@ def _line(clients: int, name: str, found: dict[str, float]) -> str:
 
 
 def memory() -> dict[str, int]:
-    """Resident bytes of the endpoint's processes on this machine."""
+    """Resident bytes of the endpoint's processes, which this one has started."""
     held = dict.fromkeys(PROCESSES, 0)
-    for process in psutil.process_iter(["cmdline", "memory_info"]):
-        title = " ".join(process.info["cmdline"] or [])
-        for name, beginning in PROCESSES.items():
-            if title.startswith(beginning):
-                held[name] += process.info["memory_info"].rss
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title, rss = " ".join(process.cmdline()), process.memory_info().rss
+            for name, beginning in PROCESSES.items():
+                held[name] += rss if title.startswith(beginning) else 0
     return held
 
 

@@ -10,7 +10,7 @@ quickstart: .venv/ready
 	$(BIN)/heliostat quickstart
 
 test: .venv/ready
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -7,27 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before any library reads them: no look-ups on the internet, no threads beyond the cores of a small machine.
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parents[1]
-_FIRST = ["ray", "slow"]
+_CLUSTER = "tests/ray/"
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
+class _Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """What may run side by side: the tests of a file stay in one process, and all that share the Ray cluster.
+
+    xdist's own groups (3.8.0, `--dist loadgroup`) do nothing with pytest 9.2, whose items have no `_nodeid`.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return _CLUSTER if file.startswith(_CLUSTER) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Groups:
+    return _Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file stay in one process, and all that share the Ray cluster; the longest files begin first."""
-    items.sort(key=lambda item: _FIRST.index(_folder(item)) if _folder(item) in _FIRST else len(_FIRST))
-    for item in items:
-        group = "cluster" if _folder(item) == "ray" else f"{_folder(item)}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
-def _folder(item: pytest.Item) -> str:
-    return item.path.parent.name
+    """The longest begin first."""
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in (_CLUSTER, "tests/slow/")])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -420,7 +419,6 @@ def main() -> None:
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAY_worker_niceness": "0"})
     # Threads that spin where another program has their core would measure that program.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the peer must not be left behind
     from heliostat import cluster
 
     with tempfile.TemporaryDirectory(prefix="heliostat-serve-") as scratch, cluster.connected():

@@ -23,7 +23,7 @@ from tests import mlflow_server, postgres
 pytestmark = pytest.mark.slow
 
 PROCESSES = 8
-PROMOTIONS = 20
+PROMOTIONS = 10
 # Forked from a process that has the imports done, and no connection open.
 PROCESS = multiprocessing.get_context("forkserver")
 PROCESS.set_forkserver_preload(["heliostat.registry.promotion"])

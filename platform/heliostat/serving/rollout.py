@@ -151,7 +151,6 @@ class Director:
         self._outcomes: Counter[tuple[str, str]] = Counter()
         self._beats: dict[tuple[str, str], tuple[bool, float]] = {}
         self._metrics = RolloutMetrics(RayRecorder())
-        self._ids = [(await asyncio.to_thread(Target.of, model, args)).id for model in args.all_models()]
         self._followers = [_Follower(model, args, environment, self) for model in args.all_models()]
         await asyncio.gather(*(follower.start() for follower in self._followers))
         self._tasks = [asyncio.create_task(follower.run()) for follower in self._followers]
@@ -174,9 +173,8 @@ class Director:
         for version, percent in _shares(self._table.routes.get(route.id), route).items():
             self._metrics.canary(route.id, version, percent)
         async with self._changed:
-            known = {**self._table.routes, route.id: route}
             # In the order of the settings, whichever was loaded first.
-            routes = {name: known[name] for name in self._ids if name in known}
+            routes = {found.id: found for follower in self._followers if (found := follower.published)}
             self._table = Table(self._table.generation + 1, routes)
             self._changed.notify_all()
         self._metrics.versions(route.id, _states(route))
@@ -226,7 +224,7 @@ class _Follower:
         self._args = args
         self._environment = environment
         self._director = director
-        self._route: Route | None = None
+        self.published: Route | None = None
         self._refused: str | None = None
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -237,9 +235,9 @@ class _Follower:
         Raises:
             RuntimeError: `start` has not found one yet.
         """
-        if self._route is None:
+        if self.published is None:
             raise RuntimeError("the model has no route yet")
-        return self._route
+        return self.published
 
     async def start(self) -> None:
         """Load the model, or take over what a director before this one has loaded.
@@ -389,7 +387,7 @@ class _Follower:
         task.add_done_callback(self._retiring.discard)
 
     async def _publish(self, route: Route) -> None:
-        self._route = route
+        self.published = route
         await self._director.publish(route)
 
 

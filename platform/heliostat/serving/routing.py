@@ -209,10 +209,9 @@ class Router:
         if pinned is not None:
             return pinned
         canary = route.canary
-        wanted = canary is not None and canary.healthy and canary.app not in avoided
-        if canary is not None and wanted and random.uniform(0, 100) < route.percent:
-            return canary
-        return route.stable
+        if canary is None or not canary.healthy or canary.app in avoided:
+            return route.stable
+        return canary if random.uniform(0, 100) < route.percent else route.stable
 
     async def _attempt(
         self, version: Version, request: Request, progress: _Progress, watch: Watch, deadline: float
@@ -285,8 +284,9 @@ class Router:
 
     def _late(self, progress: _Progress) -> Refused | Broken:
         message = f"the request took longer than {self._timeout_s:g} s"
-        refusal = Refused(408, message, code="timeout")
-        return Broken(message, 408, "timeout") if progress.choices is not None else refusal
+        if progress.choices is not None:
+            return Broken(message, 408, "timeout")
+        return Refused(408, message, code="timeout")
 
 
 async def _ended(task: "asyncio.Future[Any]") -> None:

@@ -35,6 +35,11 @@ TEXTS = (
 """What stands for them where a bundle names none."""
 
 
+def check_prompts(loaded: InferenceModel) -> list[list[int]]:
+    """The token ids of the texts that a model is checked with."""
+    return [encode_prompt(loaded, text) for text in (loaded.manifest or {}).get(CHECK_PROMPTS) or TEXTS]
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A running engine, the lane beside it, and what the API needs to know of the model."""
@@ -72,7 +77,7 @@ class ServedModel:
             prompts=PromptEncoder(loaded.tokenizer, engine.max_length, PromptPrefix.of(loaded.manifest)),
             defaults=defaults,
             texts=TokenTexts(loaded.tokenizer),
-            check_prompts=[encode_prompt(loaded, text) for text in (loaded.manifest or {}).get(CHECK_PROMPTS) or TEXTS],
+            check_prompts=check_prompts(loaded),
             cache_tokens=args.cache_tokens,
         )
 

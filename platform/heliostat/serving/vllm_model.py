@@ -18,7 +18,6 @@ from typing import Any, Self
 from transformers import GenerationConfig
 
 from heliostat.errors import ConfigError, GateRefused, HeliostatError, ModelError
-from heliostat.evaluation.completion import encode_prompt
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models import base, bundle
 from heliostat.models.base import InferenceModel
@@ -31,7 +30,7 @@ from heliostat.serving.engine import EngineFailed, EngineState, token_ids
 from heliostat.serving.prompts import PromptEncoder
 from heliostat.serving.sampler import Record
 from heliostat.serving.sampling import DecodingDefaults, InvalidRequest, SamplingParams
-from heliostat.serving.served import CHECK_PROMPTS, TEXTS
+from heliostat.serving.served import check_prompts
 from heliostat.serving.text import Completion, TokenTexts
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class VllmModel:
             tokenizer=loaded.tokenizer,
             bounds=Bounds(config.get_text_config().vocab_size, length),
             ends=token_ids(generation.eos_token_id),
-            check_prompts=[encode_prompt(loaded, text) for text in (loaded.manifest or {}).get(CHECK_PROMPTS) or TEXTS],
+            check_prompts=check_prompts(loaded),
             admission=Admission(sys.maxsize, args.max_ongoing_requests, args.max_queued_tokens),
             server=await _start(vllm.settings(source, model_id, length, kind, args)),
         )

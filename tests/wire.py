@@ -9,16 +9,25 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import httpx2
 import uvicorn
 from starlette.types import ASGIApp
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds; a minute at most."""
-    deadline = time.monotonic() + 60
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until the condition holds; give up after so many seconds."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def answers(url: str) -> bool:
+    """Whether something healthy is there now; while a process is replaced, requests may wait for longer than this."""
+    try:
+        return bool(httpx2.get(url).status_code == 200)
+    except httpx2.TransportError:
+        return False
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from heliostat.serving import edge
 from heliostat.serving.bind import trusting
 from tests.ports import free_port
 from tests.ray import echo
-from tests.wire import connect, parsed, raw, read_all, until
+from tests.wire import answers, connect, parsed, raw, read_all, until
 
 HASTY = dict.fromkeys(edge.PROXY_ENVIRONMENT, "tests.ray.echo:hasty_middlewares")
 
@@ -170,14 +170,6 @@ def test_a_request_to_a_gateway_that_dies_is_answered(url: str) -> None:
         status, headers, answer = parsed(read_all(connection))
     assert (status, answer["error"]["type"]) == (503, "server_error")
     assert ("retry-after", "1") in headers
-
-
-def answers(url: str) -> bool:
-    """While a gateway is replaced, requests may wait for longer than this."""
-    try:
-        return bool(httpx2.get(url).status_code == 200)
-    except httpx2.TransportError:
-        return False
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:

@@ -4,8 +4,7 @@ import asyncio
 import itertools
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests import load, tiny
 from tests.bundles import write_bundle
 from tests.long_model import write_long_bundle
 from tests.ports import free_port
+from tests.wire import answers, until
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-7f3a in the prompt"
@@ -61,13 +61,6 @@ def endpoint(ray_cluster: Any, model_folder: Path, home: Path) -> Iterator[launc
 @pytest.fixture(scope="module")
 def client(endpoint: launch.Endpoint) -> openai.OpenAI:
     return openai.OpenAI(base_url=endpoint.url, api_key="none", max_retries=0)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_openais_client_completes_chats_and_streams(client: openai.OpenAI, model_folder: Path) -> None:
@@ -139,7 +132,7 @@ def test_a_client_that_goes_away_frees_its_slots(endpoint: launch.Endpoint, stre
             await asyncio.gather(*jobs, return_exceptions=True)
 
     asyncio.run(leave())
-    until(lambda: in_flight() == 0)
+    until(lambda: in_flight() == 0, seconds=120)
 
 
 def test_sixteen_at_a_time_get_what_generate_gives(endpoint: launch.Endpoint, model_folder: Path) -> None:
@@ -177,7 +170,7 @@ def test_what_clients_write_is_in_no_log_metric_or_record(endpoint: launch.Endpo
     assert any(path.name.startswith("replica_") for path in files)
     assert any(path.suffix == ".db" for path in files)
     assert [path for path in files for text in texts if text in path.read_bytes()] == []
-    until(lambda: counted(endpoint.url, "requests_total") >= 500)
+    until(lambda: counted(endpoint.url, "requests_total") >= 500, seconds=120)
     metrics = httpx2.get(endpoint.url.replace("/v1", "/metrics")).content
     assert [text for text in texts if text in metrics] == []
 
@@ -286,7 +279,7 @@ def deploy(settings: dict[str, Any]) -> str:
 
 def test_the_serve_config_deploys(no_endpoint: None, serve_config: dict[str, Any]) -> None:
     origin = deploy(serve_config)
-    until(lambda: answers(f"{origin}/health"))
+    until(lambda: answers(f"{origin}/health"), seconds=120)
     client = openai.OpenAI(base_url=f"{origin}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list().data] == ["tiny-chat"]
     serve.shutdown()
@@ -295,14 +288,6 @@ def test_the_serve_config_deploys(no_endpoint: None, serve_config: dict[str, Any
 def test_a_serve_config_that_is_open_to_all_does_not_deploy(no_endpoint: None, serve_config: dict[str, Any]) -> None:
     serve_config["http_options"]["host"] = "0.0.0.0"
     origin = deploy(serve_config)
-    until(lambda: "it has no API keys" in applications.report("heliostat"))
+    until(lambda: "it has no API keys" in applications.report("heliostat"), seconds=120)
     assert not answers(f"{origin}/v1/models")
     serve.shutdown()
-
-
-def answers(url: str) -> bool:
-    """Whether something healthy is there."""
-    try:
-        return bool(httpx2.get(url).status_code == 200)
-    except httpx2.TransportError:
-        return False

@@ -1,7 +1,7 @@
 """How fast the endpoint is: `python -m benchmarks.serve [--models M ...] [--concurrency N ...] [--json FILE]`.
 
-Against `transformers serve` with continuous batching, on the same models, in float32 on the CPU, with as many threads
-and the same sizes of cache and batch. Both are up at once and take turns; real HTTP clients read their streams. And
+Against `transformers serve` with continuous batching, on the same models, in float32 on the same device, with as many
+threads and sizes of cache and batch. Both are up at once and take turns; real HTTP clients read their streams. And
 against its own engine without HTTP and Ray, in a process of its own. `--soak MINUTES` instead keeps 8 clients busy and
 watches the memory. Only ratios mean something on another machine. Knows nothing of how a server works.
 """
@@ -58,6 +58,7 @@ class Plan:
     concurrency: list[int]
     rounds: int
     threads: int
+    device: str
 
 
 def prepare(name: str, folder: Path) -> Path:
@@ -87,14 +88,19 @@ def write_gpt2(pretrained: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def endpoint(folder: Path, threads: int) -> Iterator[str]:
+def endpoint(folder: Path, threads: int, device: str) -> Iterator[str]:
     """The URL of Heliostat's endpoint. Ray gives its replica as many threads as CPUs."""
     from heliostat.serving import launch
     from heliostat.serving.config import ServingConfig
     from tests.ports import free_port
 
     config = ServingConfig(
-        num_cpus=threads, cache_tokens=CACHE_TOKENS, max_batch_tokens=BATCH_TOKENS, port=free_port(), playground=False
+        num_cpus=threads,
+        num_gpus=int(device == "cuda"),
+        cache_tokens=CACHE_TOKENS,
+        max_batch_tokens=BATCH_TOKENS,
+        port=free_port(),
+        playground=False,
     )
     running = launch.start(config, str(folder))
     try:
@@ -104,7 +110,7 @@ def endpoint(folder: Path, threads: int) -> Iterator[str]:
 
 
 @contextmanager
-def peer(folder: Path, log: Path) -> Iterator[tuple[str, int]]:
+def peer(folder: Path, device: str, log: Path) -> Iterator[tuple[str, int]]:
     """The URL and the process id of `transformers serve`."""
     from tests.ports import free_port
 
@@ -116,7 +122,7 @@ def peer(folder: Path, log: Path) -> Iterator[tuple[str, int]]:
         "--port": port,
     }
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--continuous-batching"]
-    command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa"]
+    command += ["--host", "127.0.0.1", "--device", device, "--dtype", "float32", "--attn-implementation", "sdpa"]
     command += [str(part) for pair in sizes.items() for part in pair]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
@@ -137,11 +143,11 @@ def _until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> N
 
 
 @contextmanager
-def engine(folder: Path) -> Iterator[tuple[Server, int]]:
+def engine(folder: Path, device: str) -> Iterator[tuple[Server, int]]:
     """The endpoint's engine without HTTP and Ray, in a process of its own; and that process' id."""
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
-    process = context.Process(target=run_engine, args=(str(folder), its), daemon=True)
+    process = context.Process(target=run_engine, args=(str(folder), device, its), daemon=True)
     process.start()
 
     def server(asks: Sequence[Ask], clients: int) -> Round:
@@ -156,32 +162,37 @@ def engine(folder: Path) -> Iterator[tuple[Server, int]]:
         process.join()
 
 
-def run_engine(folder: str, connection: Connection) -> None:
+def run_engine(folder: str, device: str, connection: Connection) -> None:
     """The body of the engine's process: lists come in, rounds go out."""
-    asyncio.run(_run_engine(folder, connection))
+    asyncio.run(_run_engine(folder, device, connection))
 
 
-async def _run_engine(folder: str, connection: Connection) -> None:
+async def _run_engine(folder: str, device: str, connection: Connection) -> None:
     from heliostat.models.base import load_for_inference
     from heliostat.serving.config import EndpointArgs
     from heliostat.serving.served import ServedModel
 
     args = EndpointArgs(cache_tokens=CACHE_TOKENS, max_batch_tokens=BATCH_TOKENS)
-    served = await ServedModel.start(load_for_inference(folder), "model", args)
+    served = await ServedModel.start(load_for_inference(folder, device=device), "model", args)
 
     async def ask(each: Ask) -> Stream:
-        started = time.perf_counter()
-        first = tokens = 0.0
-        params = served.defaults.params(each.max_tokens, temperature=0.0)
-        async for _, delta in served.generate(await served.prompts.text(each.prompt), params):
-            first = first or time.perf_counter() - started
-            tokens = delta.completion_tokens
-        return Stream(int(tokens), first, time.perf_counter() - started)
+        return await ask_engine(served, each)
 
     while (order := await asyncio.to_thread(connection.recv)) is not None:
         asks, clients = order
         connection.send(await streams.work_off(asks, clients, ask))
     served.close()
+
+
+async def ask_engine(served: Any, ask: Ask) -> Stream:
+    """One greedy request to a served.ServedModel."""
+    started = time.perf_counter()
+    first, tokens = 0.0, 0
+    params = served.defaults.params(ask.max_tokens, temperature=0.0)
+    async for _, delta in served.generate(await served.prompts.text(ask.prompt), params):
+        first = first or time.perf_counter() - started
+        tokens = delta.completion_tokens
+    return Stream(tokens, first, time.perf_counter() - started)
 
 
 def at(url: str, model: str) -> Server:
@@ -217,12 +228,12 @@ def family(pid: int) -> set[psutil.Process]:
 
 
 @contextmanager
-def servers(folder: Path, threads: int, scratch: Path) -> Iterator[dict[str, Server]]:
+def servers(folder: Path, plan: Plan, scratch: Path) -> Iterator[dict[str, Server]]:
     """All contenders for one model, running."""
     with (
-        endpoint(folder, threads) as url,
-        peer(folder, scratch / "peer.log") as (peer_url, peer_pid),
-        engine(folder) as (direct, engine_pid),
+        endpoint(folder, plan.threads, plan.device) as url,
+        peer(folder, plan.device, scratch / "peer.log") as (peer_url, peer_pid),
+        engine(folder, plan.device) as (direct, engine_pid),
     ):
         mine = psutil.Process()
 
@@ -285,16 +296,16 @@ def weight_bytes(folder: Path) -> int:
     return total
 
 
-def bandwidth(threads: int) -> float:
+def bandwidth(threads: int, device: str) -> float:
     """Bytes a second that a product of a large matrix with a vector reads; the best of several."""
     import torch
 
     torch.set_num_threads(threads)
-    matrix, vector = torch.ones(1 << 14, 1 << 13), torch.ones(1 << 13)
+    matrix, vector = torch.ones(1 << 14, 1 << 13, device=device), torch.ones(1 << 13, device=device)
     best = 0.0
     for _ in range(8):
         started = time.perf_counter()
-        torch.mv(matrix, vector)
+        torch.mv(matrix, vector)[0].item()  # which waits for a GPU
         best = max(best, matrix.nbytes / (time.perf_counter() - started))
     return best
 
@@ -307,10 +318,10 @@ def measure(plan: Plan, scratch: Path) -> dict[str, Any]:
     for name in plan.models:
         folder = prepare(name, scratch)
         vocabulary = streams.words(AutoTokenizer.from_pretrained(folder))
-        with servers(folder, plan.threads, scratch) as running:
-            before = bandwidth(plan.threads)
+        with servers(folder, plan, scratch) as running:
+            before = bandwidth(plan.threads, plan.device)
             levels = compare(running, vocabulary, plan)
-        limit = max(before, bandwidth(plan.threads)) / weight_bytes(folder)
+        limit = max(before, bandwidth(plan.threads, plan.device)) / weight_bytes(folder)
         found[name] = {"levels": levels, "bandwidth_limit_tokens_per_second": limit}
     return {"plan": vars(plan), "models": found}
 
@@ -388,13 +399,13 @@ def growth(samples: Sequence[dict[str, int]]) -> dict[str, Any]:
     }
 
 
-def run_soak(name: str, minutes: float, threads: int, scratch: Path) -> dict[str, Any]:
+def run_soak(name: str, minutes: float, threads: int, device: str, scratch: Path) -> dict[str, Any]:
     """The soak on one model."""
     from transformers import AutoTokenizer
 
     folder = prepare(name, scratch)
     asks = streams.requests(streams.words(AutoTokenizer.from_pretrained(folder)), 500, seed=7)
-    with endpoint(folder, threads) as url:
+    with endpoint(folder, threads, device) as url:
         return asyncio.run(soak(url, folder.name, asks, minutes))
 
 
@@ -405,6 +416,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[*CONCURRENCY], metavar="N")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="of torch, in each server (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="only this, on the first model")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     return parser.parse_args(given)
@@ -423,10 +435,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="heliostat-serve-") as scratch, cluster.connected():
         if options.soak is not None:
-            result = run_soak(options.models[0], options.soak, options.threads, Path(scratch))
+            result = run_soak(options.models[0], options.soak, options.threads, options.device, Path(scratch))
             print(json.dumps(result, indent=2))
         else:
-            plan = Plan(options.models, options.concurrency, options.rounds, options.threads)
+            plan = Plan(options.models, options.concurrency, options.rounds, options.threads, options.device)
             result = measure(plan, Path(scratch))
             print(table(result))
     if options.json is not None:

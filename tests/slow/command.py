@@ -47,6 +47,12 @@ def last_step(run_folder: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else 0
 
 
+def journal(run_folder: Path, metric: str) -> dict[int, float]:
+    """The values of one metric by step; a repeated step's last one."""
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["metrics"][metric] for row in rows if metric in row["metrics"]}
+
+
 def processes_below(pid: int, name: str = "") -> list[psutil.Process]:
     """The living descendants of a process whose command line holds `name`."""
     found = []

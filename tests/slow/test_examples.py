@@ -70,8 +70,7 @@ def test_text_from_scratch_loses_perplexity(shared_data: Path) -> None:
 
 def validation_losses(run_folder: Path) -> list[float]:
     """In the order of the steps; the first is before training."""
-    rows = [json.loads(line)["metrics"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["eval_loss"] for row in rows if "eval_loss" in row]
+    return [*command.journal(run_folder, "eval_loss").values()]
 
 
 def generate_without_heliostat(bundle: Path, prompt: str) -> str:

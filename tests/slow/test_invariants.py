@@ -1,7 +1,6 @@
 """What must not change the outcome of training: how the global batch is cut, ZeRO, packing, and being stopped."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from heliostat.training import checkpoint
 from heliostat.training.config import TrainingConfig
 from heliostat.training.spec import WorkerSpec
 from tests import forked, tiny
+from tests.slow import command
 
 STEPS = 6
 GLOBAL_BATCH = 8
@@ -77,12 +77,6 @@ def spec(
     )
 
 
-def journal(folder: Path, run: str, metric: str) -> dict[int, float]:
-    """The values of one metric by step; a repeated step's last one."""
-    rows = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["metrics"][metric] for row in rows if metric in row["metrics"]}
-
-
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
     """The exported weights."""
     (file,) = (folder / run / "weights").glob("*.safetensors")
@@ -120,21 +114,21 @@ def resumed(folder: Path) -> Path:
 def test_cut_of_the_global_batch_does_not_matter(finished: Path, method: str, run: str) -> None:
     reference = f"{method}-1x8-zero2"
     for metric in ("loss", "eval_loss", "grad_norm"):
-        expected = journal(finished, reference, metric)
+        expected = command.journal(finished / reference, metric)
         assert len(expected) >= 3
-        assert journal(finished, f"{method}-{run}", metric) == pytest.approx(expected, rel=1e-5)
+        assert command.journal(finished / f"{method}-{run}", metric) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_learns(finished: Path, method: str) -> None:
-    losses = journal(finished, f"{method}-1x8-zero2", "eval_loss")
+    losses = command.journal(finished / f"{method}-1x8-zero2", "eval_loss")
     assert losses[STEPS] < losses[0] - 0.02
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_run_ends_with_the_same_weights(finished: Path, resumed: Path, method: str, stage: str) -> None:
-    assert list(journal(resumed, f"{method}-{stage}-resumed", "progress.start")) == [0, 4]
+    assert list(command.journal(resumed / f"{method}-{stage}-resumed", "progress.start")) == [0, 4]
     after, unbroken = weights(resumed, f"{method}-{stage}-resumed"), weights(finished, f"{method}-2x4-{stage}")
     assert after.keys() == unbroken.keys()
     for name in unbroken:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def test_an_engine_that_goes_wrong_is_refused(folder: Path) -> None:
         parity.check(folder, [prompt for prompt in prompts(20) if len(prompt) > 5][:3], SMALL)
 
 
-def serve(folder: Path, test: Callable[[ServedModel], Awaitable[None]]) -> None:
+def serve(folder: Path, test: Callable[[ServedModel], Awaitable[None]], dtype: str = "float32") -> None:
     async def body() -> None:
-        served = await ServedModel.start(base.load_for_inference(str(folder)), "tiny", SMALL)
+        served = await ServedModel.start(base.load_for_inference(str(folder), dtype=dtype), "tiny", SMALL)
         try:
             await test(served)
         finally:
@@ -105,13 +106,38 @@ def test_a_running_model_is_checked_with_its_own_prompts_while_it_works(folder: 
 
 
 @pytest.mark.usefixtures("wrong_positions")
-def test_a_running_model_that_goes_wrong_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_running_model_that_goes_wrong_is_refused(folder: Path, dtype: str) -> None:
     async def test(served: ServedModel) -> None:
         with pytest.raises(GateRefused, match=r"tiny: .* of 8 differs"):
             await parity.check_served(served)
         assert served.healthy
 
-    serve(folder, test)
+    serve(folder, test, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_in_16_bits_may_tokens_of_nearly_the_same_score_change_places(folder: Path, dtype: str) -> None:
+    given = [[token] for token in range(2, 42)]
+
+    async def test() -> None:
+        exact, rounded = (base.load_for_inference(str(folder), dtype=dtype) for _ in range(2))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in rounded.model.parameters():
+                weight.mul_(1 + 2e-3 * torch.randn_like(weight))
+        served, other = [await ServedModel.start(loaded, "tiny", SMALL) for loaded in (exact, rounded)]
+        try:
+            await parity.check_served(replace(served, engine=other.engine), given)
+        finally:
+            served.close()
+            other.close()
+
+    if dtype == "bfloat16":
+        asyncio.run(test())
+    else:
+        with pytest.raises(GateRefused, match=r"of 40 differs"):
+            asyncio.run(test())
 
 
 def test_what_the_endpoint_cannot_decode_is_told(tmp_path: Path) -> None:

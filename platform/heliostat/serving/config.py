@@ -60,6 +60,9 @@ class EndpointArgs(StrictModel):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """vLLM's own engine arguments, as ray.serve.llm takes them; only with `engine: vllm`."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, cache and arithmetic; auto: float32 on CPUs, the stored one on GPUs."""
+
     num_replicas: PositiveInt = 1
     """Replicas of each model; `autoscaling` replaces it."""
     autoscaling: AutoscalingArgs | None = None

@@ -67,7 +67,8 @@ class Hosted:
             model = await VllmModel.start(source, model_id, args)
             return cls(model, model.try_out, version, args)
         device = "cuda" if args.num_gpus > 0 else "cpu"
-        loaded = await asyncio.to_thread(base.load_for_inference, resolved.path, device=device)
+        dtype = None if args.dtype == "auto" else args.dtype
+        loaded = await asyncio.to_thread(base.load_for_inference, resolved.path, device=device, dtype=dtype)
         served = await ServedModel.start(loaded, model_id, args)
         return cls(served, partial(parity.check_served, served), version, args)
 

@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
+
 from heliostat.evaluation.completion import encode_prompt
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models.base import InferenceModel
@@ -53,6 +55,7 @@ class ServedModel:
     check_prompts: list[list[int]]
     """Token ids."""
     cache_tokens: int
+    dtype: torch.dtype
 
     @classmethod
     async def start(cls, loaded: InferenceModel, model_id: str, args: EndpointArgs) -> Self:
@@ -79,6 +82,7 @@ class ServedModel:
             texts=TokenTexts(loaded.tokenizer),
             check_prompts=check_prompts(loaded),
             cache_tokens=args.cache_tokens,
+            dtype=loaded.model.dtype,
         )
 
     @property

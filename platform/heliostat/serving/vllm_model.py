@@ -72,7 +72,8 @@ class VllmModel:
         if defaults.extra:
             raise ModelError(f"generation_config.json: {_not_here(min(defaults.extra))}; remove it there")
         length = int(args.engine_kwargs.get("max_model_len", positions(config)))
-        kind = "float32" if args.num_gpus == 0 else str(config.dtype or "auto").removeprefix("torch.")
+        stored = "float32" if args.num_gpus == 0 else str(config.dtype or "auto").removeprefix("torch.")
+        kind = stored if args.dtype == "auto" else args.dtype
         started = cls(
             id=model_id,
             prompts=PromptEncoder(loaded.tokenizer, length, PromptPrefix.of(loaded.manifest)),

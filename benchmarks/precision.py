@@ -19,7 +19,7 @@ from benchmarks.streams import Ask, Round, Stream
 
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt"
 WINDOW, WINDOWS = 256, 64
-CLIENTS, ROUNDS = (1, 4, 16), 4
+CLIENTS, ROUNDS = (1, 4, 16), 2
 
 
 def quality(exact: Any, half: Any, ids: Any) -> dict[str, float]:

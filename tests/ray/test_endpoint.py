@@ -221,6 +221,11 @@ def test_a_model_that_fails_in_the_replica_is_one_clear_error(no_endpoint: None,
         probe.bind(("127.0.0.1", settings.port))
 
 
+def test_a_model_that_is_not_loaded_in_time_is_given_up(no_endpoint: None, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"not loaded within serving\.startup_timeout_s=0\.01"):
+        launch.start(config(startup_timeout_s=0.01), str(write_bundle(tmp_path / "model")))
+
+
 def test_a_bundle_served_from_the_registry_answers_under_its_name(no_endpoint: None, tmp_path: Path) -> None:
     run_id = store.client().create_run(store.experiment_id("serving")).info.run_id
     versions.register(run_id, write_bundle(tmp_path / "model"), "greeter", {}, alias="champion")

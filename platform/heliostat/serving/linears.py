@@ -1,8 +1,7 @@
-"""Weights of linear layers laid out for small batches on CPUs. Knows layers, not models; results stay the same.
+"""The weight of the output layer laid out for small batches on CPUs. Knows layers, not models; results stay the same.
 
-A decode step multiplies matrices of as many rows as there are requests. For 2 to 64 rows, MKL is up to a third faster
-on float32 weights whose columns are contiguous, and oneDNN faster still, in bfloat16 too, on weights in its own layout,
-which is a copy; the output layer, the largest by far in a small model, is worth it.
+A decode step multiplies matrices of as many rows as there are requests. For 2 to 64 rows, oneDNN is up to twice as fast
+on weights in its own layout, which is a copy; the output layer, the largest by far in a small model, is worth it.
 """
 
 from typing import Any
@@ -35,14 +34,9 @@ class PackedLinear(nn.Module):
 
 
 def arrange(model: Any) -> None:
-    """Lay out the weights of a transformers model in place, where it is on a CPU; may be called twice."""
+    """Lay out a transformers model's output layer in place, where it is on a CPU; may be called twice."""
     known = model.dtype in (torch.float32, torch.bfloat16)
-    if model.device.type != "cpu" or not known or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return
     head = model.get_output_embeddings()
-    for layer in model.modules():
-        if type(layer) is nn.Linear and layer is not head and layer.weight.dtype == torch.float32:
-            layer.weight.data = layer.weight.data.t().contiguous().t()
-    if type(head) is nn.Linear:
-        # Its weight is often the input embedding's too, which is read by rows: it keeps its layout.
+    # Its weight is often the input embedding's too, which is read by rows: it keeps its layout.
+    if model.device.type == "cpu" and known and type(head) is nn.Linear and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         model.set_output_embeddings(PackedLinear(head))

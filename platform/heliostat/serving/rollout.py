@@ -46,23 +46,21 @@ KEPT_REJECTIONS = 10
 _UNVERSIONED = "unversioned"
 _LOOK_S = 0.2
 _EVALUATION_TAGS = (versions.EVALUATION_PREFIX, versions.EVALUATION_DATA_PREFIX)
-_REPLICA_KEYS = (
-    "engine",
-    "engine_kwargs",
-    "num_replicas",
-    "autoscaling",
-    "num_cpus",
-    "num_gpus",
-    "max_constructor_retry_count",
-    "max_ongoing_requests",
-    "max_queued_requests",
-    "max_batch_tokens",
-    "cache_tokens",
-    "max_queued_tokens",
-    "max_prompt_tokens",
-    "drain_timeout_s",
-    "tracing",
-)
+# Settings that may change while the replicas stay. Any other needs new ones.
+_NOT_OF_REPLICAS = {
+    "model",
+    "model_id",
+    "models",
+    "poll_s",
+    "startup_timeout_s",
+    "canary",
+    "request_timeout_s",
+    "gateways",
+    "api_keys",
+    "insecure",
+    "max_body_bytes",
+    "playground",
+}
 
 Outcomes = Mapping[tuple[str, Literal["ok", "failed"]], int]
 
@@ -105,7 +103,7 @@ class Target:
 
 def _base(model_id: str, version: str | None, reference: str, args: EndpointArgs) -> str:
     """Another one for other settings, which need replicas of their own."""
-    settings = args.model_dump(include=set(_REPLICA_KEYS), mode="json")
+    settings = args.model_dump(exclude=_NOT_OF_REPLICAS, mode="json")
     digest = _digest(json.dumps([reference, settings, __version__], sort_keys=True))
     return f"{_family(model_id)}{version or _UNVERSIONED}_{digest}"
 

@@ -8,10 +8,11 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -87,6 +88,7 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         _print(text, stdout)
 
     stdout, options.emit = sys.stdout, emit
+    options.write = lambda text: _print(text, stdout, end="")
     try:
         with contextlib.redirect_stdout(sys.stderr):
             result = command.run(options)
@@ -109,10 +111,10 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         return code
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO, end: str = "\n") -> None:
     """Print at once. If whoever read our output is gone (`| head`), that and the rest goes nowhere, without a word."""
     try:
-        print(text, file=stream, flush=True)
+        print(text, end=end, file=stream, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -350,29 +352,55 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="decoding settings: max_new_tokens=32 temperature=0.7"
     )
-    parser.add_argument("--prompt", action="append", help="may be given several times; default: the lines of stdin")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--file", help="of prompts, one a line; default: stdin, which may be a terminal")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        metavar="SETTINGS",
+        help="show several ways to decode side by side: greedy, or settings such as 'temperature=0.8 top_k=20'",
+    )
+    parser.add_argument("--stream", action="store_true", help="write each answer while it comes")
+    parser.add_argument("--seed", type=int, default=0, help="of what is sampled (default: %(default)s)")
 
 
-def _generate(options: argparse.Namespace) -> Result:
-    from heliostat import config as configuration
-    from heliostat.evaluation.config import GenerationSettings
+def _generate(options: argparse.Namespace) -> Result | None:
+    from heliostat.evaluation import generate_command as command
 
-    overrides = [override.removeprefix("generation.") for override in options.overrides]
-    settings = configuration.load(GenerationSettings, None, overrides)
-    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ConfigError("no prompt is given; use --prompt, or write one prompt a line to stdin")
-    from heliostat.evaluation import completion
+    given = command.settings(options.overrides)
+    ways = {text: command.way(text, given) for text in options.compare or ()}
+    asked = options.prompt or options.file
+    talking = not asked and sys.stdin.isatty()
+    if (options.stream or talking) and (ways or options.json):
+        raise ConfigError("--compare and --json show whole answers; give --prompt or --file, without --stream")
+    prompts = [] if talking else command.read_prompts(options.prompt, options.file, sys.stdin)
     from heliostat.models import base
     from heliostat.registry import versions
 
     loaded = base.load_for_inference(versions.resolve(options.model).path)
-    given = settings.model_dump(include={override.split("=")[0] for override in overrides})
-    outputs = completion.complete(loaded, prompts, given)
-    return {"model": options.model, "outputs": outputs}
+    if options.stream or talking:
+        command.stream(loaded, _typed() if talking else prompts, given, options.seed, options.write)
+        return None
+    compared = command.compare(loaded, prompts, ways or {"": given}, options.seed)
+    if ways:
+        return {"model": options.model, "prompts": prompts, "compared": compared}
+    return {"model": options.model, "outputs": compared[0]["outputs"]}
+
+
+def _typed() -> Iterator[str]:
+    """Prompts as somebody types them, until Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            if line := input():
+                yield line
 
 
 def _show_generate(result: Result) -> str:
+    from heliostat.evaluation import generate_command as command
+
+    if "compared" in result:
+        return command.table(result["prompts"], result["compared"], shutil.get_terminal_size((120, 24)).columns)
     return "\n".join(result["outputs"])
 
 

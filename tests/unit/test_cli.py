@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -219,11 +221,53 @@ def test_generate_without_a_prompt_or_with_a_wrong_setting_is_code_2(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert cli.main(["generate", str(home / "bundle")]) == 2
-    assert "no prompt is given; use --prompt, or write one prompt a line to stdin" in capsys.readouterr().err
+    assert "no prompt is given; use --prompt or --file, or write one prompt a line to stdin" in capsys.readouterr().err
     assert cli.main(["generate", str(home / "bundle"), "--prompt", "a", "max_tokens=3"]) == 2
     assert "override max_tokens: unknown key `max_tokens`; did you mean `max_new_tokens`?" in capsys.readouterr().err
     assert cli.main(["generate", str(home / "bundle"), "--prompt", "a " * 500]) == 2
     assert "leaves none of the model's 128 positions" in capsys.readouterr().err
+
+
+def test_generate_compares_ways_to_decode_side_by_side(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "prompts.txt").write_text("the red cat goes\n\nold\n")
+    ways = ["greedy", "num_beams=3", "temperature=1.5 top_k=20"]
+    compared = [argument for way in ways for argument in ("--compare", way)]
+    arguments = ["generate", str(home / "bundle"), "--file", str(tmp_path / "prompts.txt"), *compared]
+    assert cli.main([*arguments, "max_new_tokens=5", "--json"]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert result["prompts"] == ["the red cat goes", "old"]
+    assert [each["settings"] for each in result["compared"]] == ways
+    assert result["compared"][0]["outputs"] == [greedy(home, prompt, 5) for prompt in result["prompts"]]
+    assert result["compared"][2]["outputs"] != result["compared"][0]["outputs"]
+    assert cli.main([*arguments, "max_new_tokens=5"]) == 0
+    shown = capsys.readouterr().out
+    assert all(shown.count(way) == 2 for way in ways), "a table for each prompt"
+    assert cli.main([*arguments, "--stream"]) == 2
+    assert "without --stream" in capsys.readouterr().err
+    assert cli.main([*arguments, "--compare", "heat=1"]) == 2
+    assert "unknown key `heat`" in capsys.readouterr().err
+
+
+def test_generate_streams(home: Path, capsys: Capture) -> None:
+    prompts = ["the red cat goes", "old"]
+    arguments = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    assert cli.main(["generate", str(home / "bundle"), *arguments, "--stream"]) == 0
+    assert capsys.readouterr().out == "".join(f"{greedy(home, prompt, 8)}\n" for prompt in prompts)
+    assert cli.main(["generate", str(home / "bundle"), *arguments, "--stream", "num_beams=2"]) == 2
+    assert "num_beams=2 cannot be streamed" in capsys.readouterr().err
+
+
+def test_generate_answers_what_is_typed_until_the_end_of_input(home: Path) -> None:
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "heliostat.cli", "generate", str(home / "bundle")]
+    with subprocess.Popen(command, stdin=end, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.write(terminal, b"the red cat goes\n\nold\n\x04")
+        output, errors = process.communicate()
+    for opened in (terminal, end):
+        os.close(opened)
+    assert process.returncode == 0, errors
+    assert output.decode() == "".join(f"{greedy(home, prompt, 8)}\n" for prompt in ("the red cat goes", "old"))
+    assert errors.decode().count("> ") == 4
 
 
 def test_evaluate_mixes_flags_and_overrides(home: Path, shared_store: None, tmp_path: Path, capsys: Capture) -> None:

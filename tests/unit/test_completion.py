@@ -129,3 +129,37 @@ def test_a_stop_string_of_the_bundle_cuts_the_answer(loaded: InferenceModel) -> 
     model.generation_config.update(max_new_tokens=20, stop_strings=[stop])
     stopping = replace(trained_as(loaded, format="text"), model=model)
     assert completion.complete(stopping, ["the red cat"], {}) == [whole[: whole.index(stop)]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_sample": True, "temperature": 1.5, "top_k": 50},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_what_is_streamed_is_what_comes_in_one_piece(loaded: InferenceModel, settings: dict[str, Any]) -> None:
+    asked = trained_as(loaded, format="text")
+    pieces: list[str] = []
+    settings = {"max_new_tokens": 24, **settings}
+    streamed = completion.stream(asked, "the red cat", settings, pieces.append, seed=3)
+    (whole,) = completion.complete(asked, ["the red cat"], settings, seed=3)
+    assert "".join(pieces) == streamed == whole
+    assert len(pieces) > 1
+
+
+def test_no_part_of_a_stop_string_is_streamed(loaded: InferenceModel) -> None:
+    asked = trained_as(loaded, format="text")
+    (text,) = completion.complete(asked, ["the red cat"], {"max_new_tokens": 24})
+    for stop in (text[3:5], text[5:12], text[-2:], "never"):
+        settings = {"max_new_tokens": 24, "stop_strings": ["another", stop]}
+        pieces: list[str] = []
+        streamed = completion.stream(asked, "the red cat", settings, pieces.append)
+        assert "".join(pieces) == streamed == text.split(stop)[0]
+
+
+def test_beams_cannot_be_streamed(loaded: InferenceModel) -> None:
+    with pytest.raises(ConfigError, match="num_beams=2 cannot be streamed"):
+        completion.stream(loaded, "x", {"num_beams": 2}, print)

@@ -1,18 +1,21 @@
 """Complete plain prompts with a loaded model, as a user would ask it. Knows the bundle's prompt form; no data sets."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from transformers import GenerationConfig, TextStreamer
 
 from heliostat.data.tokens import leading_bos
 from heliostat.errors import ConfigError
-from heliostat.evaluation.generate import decode, generate
+from heliostat.evaluation.config import SAMPLING_SETTINGS
+from heliostat.evaluation.generate import batches, decode, generate, generate_batch
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models.base import InferenceModel
 
 
 def complete(
-    loaded: InferenceModel, prompts: Sequence[str], settings: dict[str, Any], *, batch_size: int = 8
+    loaded: InferenceModel, prompts: Sequence[str], settings: dict[str, Any], *, batch_size: int = 8, seed: int = 0
 ) -> list[str]:
     """The continuation of each prompt, by the model's decoding defaults with `settings` (transformers' names) on top.
 
@@ -20,18 +23,67 @@ def complete(
     that has one gap, and is taken as it is otherwise. The bundle's prompt prefix comes before it. A stop string and
     what follows it are no part of the continuation.
     """
-    from transformers import GenerationConfig
-
-    config = GenerationConfig.from_dict({**loaded.model.generation_config.to_dict(), **settings})
+    config = _config(loaded, settings)
     outputs = generate(
         loaded.model,
         [encode_prompt(loaded, prompt) for prompt in prompts],
         config=config,
         pad_token_id=loaded.tokenizer.pad_token_id,
         batch_size=batch_size,
+        seed=seed,
         tokenizer=loaded.tokenizer,
     )
     return decode(loaded.tokenizer, outputs, config)
+
+
+def stream(
+    loaded: InferenceModel, prompt: str, settings: dict[str, Any], write: Callable[[str], None], *, seed: int = 0
+) -> str:
+    """What `complete` gives for one prompt, written piece by piece as it comes.
+
+    Raises:
+        ConfigError: beams are asked for, of which no text is certain before the end.
+    """
+    config = _config(loaded, settings)
+    if (config.num_beams or 1) > 1:
+        raise ConfigError(f"num_beams={config.num_beams} cannot be streamed; leave --stream out, or set num_beams=1")
+    ids = [encode_prompt(loaded, prompt)]
+    (batch,) = batches(loaded.model, ids, config, 1)
+    streamer = _Streamer(loaded.tokenizer, config, write)
+    options = {"pad_token_id": loaded.tokenizer.pad_token_id, "tokenizer": loaded.tokenizer}
+    generate_batch(loaded.model, ids, batch, config=config, seed=seed, streamer=streamer, **options)
+    return streamer.written
+
+
+def _config(loaded: InferenceModel, settings: dict[str, Any]) -> GenerationConfig:
+    defaults = loaded.model.generation_config.to_dict()
+    if settings.get("do_sample") is False:
+        # Left-over sampling settings would only make transformers warn.
+        defaults.update(dict.fromkeys(SAMPLING_SETTINGS))
+    return GenerationConfig.from_dict({**defaults, **settings})
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers is not typed
+    """Writes what is certain: text that may yet become a stop string is held back."""
+
+    def __init__(self, tokenizer: Any, config: GenerationConfig, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stops = config.stop_strings or []
+        self._stops = [stops] if isinstance(stops, str) else stops
+        self._held_back = max(map(len, self._stops), default=1) - 1
+        self._write = write
+        self._text = ""
+        self.written = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with text that no later token changes."""
+        self._text += text
+        end = min((self._text.find(stop) for stop in self._stops if stop in self._text), default=len(self._text))
+        stopped = end < len(self._text)
+        certain = self._text[: end if stopped or stream_end else max(end - self._held_back, 0)]
+        if len(certain) > len(self.written):
+            self._write(certain[len(self.written) :])
+            self.written = certain
 
 
 def encode_prompt(loaded: InferenceModel, prompt: str) -> list[int]:

@@ -26,6 +26,10 @@ MetricName = Literal[
 LOWER_IS_BETTER: frozenset[MetricName] = frozenset({"repetition"})
 
 
+# What counts only where `do_sample` is true.
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+
 class GenerationSettings(StrictModel):
     """Decoding settings, by transformers' GenerationConfig names. They travel with the model in its bundle.
 

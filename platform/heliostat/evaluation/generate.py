@@ -10,9 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from heliostat.errors import DataError
-from heliostat.evaluation.config import GenerationSettings
-
-SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+from heliostat.evaluation.config import SAMPLING_SETTINGS, GenerationSettings
 
 
 def generation_config(model: Any, settings: GenerationSettings | None) -> GenerationConfig:
@@ -102,8 +100,12 @@ def generate_batch(
     pad_token_id: int,
     seed: int,
     tokenizer: Any,
+    streamer: Any = None,
 ) -> list[list[int]]:
-    """Continuations of the batch's `prompts`. What is sampled follows from the seed and the batch's number alone."""
+    """Continuations of the batch's `prompts`. What is sampled follows from the seed and the batch's number alone.
+
+    `streamer`: a transformers one, which is given the tokens as they come, if the batch has one prompt.
+    """
     torch.manual_seed(int(np.random.SeedSequence([seed, batch.number]).generate_state(1)[0]))
     changes = {"max_new_tokens": batch.max_new_tokens, "pad_token_id": pad_token_id, "num_return_sequences": 1}
     limited = GenerationConfig.from_dict({**config.to_dict(), **changes})
@@ -114,6 +116,7 @@ def generate_batch(
             attention_mask=mask.to(model.device),
             generation_config=limited,
             tokenizer=tokenizer if limited.stop_strings else None,
+            streamer=streamer,
         )
     return [_until_end(row[ids.shape[1] :].tolist(), limited) for row in output]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heliostat.errors import ConfigError, ModelError
@@ -85,6 +86,12 @@ def test_settings_are_pefts(attach: Attach) -> None:
     assert (own.r, own.lora_alpha, own.lora_dropout) == (2, 5, 0.5)
 
 
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}, {"loraplus_lr_ratio": 16}], ids=str)
+def test_variants_of_lora_need_lora(variant: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="is a variant of LoRA: it needs `method: lora`"):
+        AdapterConfig(**variant)
+
+
 def test_modules_that_are_not_there_are_named(attach: Attach) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.lora_target_modules: .*q_projection") as caught:
         attach(lora_target_modules=["q_projection"])
@@ -102,8 +109,11 @@ def test_peft_alone_loads_the_saved_adapter(attach: Attach, tmp_path: Path) -> N
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_merged_and_loaded_it_is_the_model_that_was_trained(attach: Attach, base_folder: Path, tmp_path: Path) -> None:
-    model = trained(attach())
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_merged_and_loaded_it_is_the_model_that_was_trained(
+    attach: Attach, base_folder: Path, variant: dict[str, Any], tmp_path: Path
+) -> None:
+    model = trained(attach(**variant))
     expected = logits(model)
     assert (expected - logits(AutoModelForCausalLM.from_pretrained(base_folder))).abs().max() > 0.1
     loaded = base.load_for_inference(str(adapter_bundle(tmp_path / "bundle", base_folder, model)))

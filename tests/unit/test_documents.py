@@ -12,6 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from heliostat import config, experiment
 from heliostat.cli import COMMANDS
+from heliostat.models.config import AdapterConfig
 from heliostat.serving import protocol
 from heliostat.serving.config import AutoscalingArgs, CanaryArgs, EndpointArgs, ServingConfig
 from heliostat.serving.edge import PROXY_ENVIRONMENT
@@ -43,6 +44,12 @@ def test_commands_and_their_settings_exist(line: str) -> None:
         experiment.load(str(REPOSITORY / target), overrides)
     else:
         config.load(ServingConfig, None, [override.removeprefix("serving.") for override in overrides])
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(adapter:.*?)```", DOCUMENTS["training.md"], re.DOTALL))
+def test_training_methods_are_what_the_guide_says(block: str) -> None:
+    AdapterConfig.model_validate(yaml.safe_load(block)["adapter"])
+    assert all(f"`{name}`" in DOCUMENTS["training.md"] for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"))
 
 
 def test_the_readmes_table_has_every_command() -> None:

@@ -53,7 +53,9 @@ def dialogue(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def train(folder: Path, run: Path, method: str = "full", **settings: Any) -> tuple[Progress, dict[str, list[float]]]:
+def train(
+    folder: Path, run: Path, method: str = "full", adapter: dict[str, Any] | None = None, **settings: Any
+) -> tuple[Progress, dict[str, list[float]]]:
     """Train in this process; the progress and the journal's values by metric."""
     values = {
         "num_workers": 0,
@@ -71,7 +73,7 @@ def train(folder: Path, run: Path, method: str = "full", **settings: Any) -> tup
         revision=None,
         from_scratch=False,
         attention=None,
-        adapter=AdapterConfig.model_validate({"method": method, "lora_r": 4}),
+        adapter=AdapterConfig.model_validate({"method": method, "lora_r": 4, **(adapter or {})}),
         training=training,
         train_tokens=str(folder / "train"),
         validation_tokens=str(folder / "validation"),
@@ -133,6 +135,51 @@ def test_bf16_stays_close_and_is_exported_as_bf16(folder: Path, plain: Any, tmp_
     (weights,) = (tmp_path / "run" / "weights").glob("*.safetensors")
     kinds = {tensor.dtype for tensor in load_file(weights).values()}
     assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}, {"loraplus_lr_ratio": 16}], ids=str)
+def test_variants_of_lora_learn_alike_on_split_weights(folder: Path, variant: dict[str, Any], tmp_path: Path) -> None:
+    losses = {
+        stage: train(folder, tmp_path / stage, "lora", variant, deepspeed=stage)[1]["loss"]
+        for stage in ("zero0", "zero2", "zero3")
+    }
+    _, without = train(folder, tmp_path / "without", "lora")
+    assert losses["zero0"] == pytest.approx(losses["zero2"], rel=1e-5)
+    assert losses["zero3"] == pytest.approx(losses["zero2"], rel=1e-5)
+    assert losses["zero2"][0] == pytest.approx(without["loss"][0], rel=1e-5), "all begin as nothing"
+    assert losses["zero2"][-1] != pytest.approx(without["loss"][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "all-but-last-1", r"\.attn\.|self_attn"])
+def test_what_is_frozen_stays_and_the_rest_learns(folder: Path, part: str, tmp_path: Path) -> None:
+    before = load_file(folder / "model" / "model.safetensors")
+    after, losses = {}, {}
+    for stage in ("zero2", "zero3"):
+        frozen = {"freeze": [part]}
+        _, found = train(folder, tmp_path / stage, "freeze", frozen, deepspeed=stage, gradient_checkpointing=True)
+        losses[stage] = found["loss"]
+        (weights,) = (tmp_path / stage / "weights").glob("*.safetensors")
+        after[stage] = load_file(weights)
+    assert losses["zero3"] == pytest.approx(losses["zero2"], rel=1e-5)
+    for name, weight in after["zero2"].items():
+        assert torch.allclose(after["zero3"][name], weight, atol=1e-6)
+        is_frozen = {
+            "embeddings": "embed_tokens" in name or "wte" in name or "wpe" in name,
+            "all-but-last-1": ".1." not in name,
+        }.get(part, "attn." in name)
+        assert torch.equal(weight, before[name]) == is_frozen, name
+
+
+def test_noise_on_embeddings_disturbs_training_only_and_follows_the_seed(folder: Path, tmp_path: Path) -> None:
+    runs = [
+        train(folder, tmp_path / str(number), neftune_noise_alpha=alpha)[1]
+        for number, alpha in enumerate((None, 5.0, 5.0, 5000.0))
+    ]
+    plain, noisy, again, wild = runs
+    assert noisy["eval_loss"][0] == plain["eval_loss"][0]
+    assert noisy["loss"] == again["loss"]
+    assert noisy["loss"] != plain["loss"]
+    assert wild["loss"][0] > noisy["loss"][0]
 
 
 def test_every_metric_is_logged(plain: Any) -> None:

@@ -26,6 +26,8 @@ def attach(model: Any, config: AdapterConfig, *, base: str, seed: int) -> Any:
         lora_alpha=config.lora_alpha or 2 * config.lora_r,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         modules_to_save=config.modules_to_save,
         base_model_name_or_path=base,
     )

@@ -40,14 +40,32 @@ class ModelConfig(StrictModel):
 
 
 class AdapterConfig(StrictModel):
-    """Which weights are trained: all of them, or low-rank adapters. Names and meanings are PEFT's."""
+    """Which weights are trained: all of them, some of them, or low-rank adapters. Names and meanings are PEFT's."""
 
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora", "freeze"] = "full"
+    freeze: list[str] = Field(default_factory=list)
+    """Of `method: freeze`, what does not learn: `embeddings`, `all-but-last-K` (blocks), regular expressions that are
+    searched in the parameters' names."""
     lora_r: PositiveInt = 16
     lora_alpha: PositiveInt | None = None
     """Default: 2 x lora_r."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Learn the magnitudes of the weights apart from their directions (Liu et al. 2024, arXiv:2402.09353)."""
+    loraplus_lr_ratio: float | None = Field(None, ge=1)
+    """The learning rate of the B matrices over that of all else (LoRA+, Hayou et al. 2024, arXiv:2402.12354: 16)."""
     modules_to_save: list[str] | None = None
     merge: bool = False
     """Put merged full weights into the bundle instead of the adapter and a reference to its base."""
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> Self:
+        if bool(self.freeze) != (self.method == "freeze"):
+            raise ValueError("`method: freeze` and `freeze` (what does not learn) need each other")
+        for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"):
+            if getattr(self, name) and self.method != "lora":
+                raise ValueError(f"`{name}` is a variant of LoRA: it needs `method: lora`")
+        return self

@@ -41,6 +41,9 @@ class TrainingConfig(StrictModel):
     adam_epsilon: PositiveFloat = 1e-8
     max_grad_norm: NonNegativeFloat = 1.0
     """0: no clipping."""
+    neftune_noise_alpha: PositiveFloat | None = None
+    """Noise on the embeddings while training, alpha / sqrt(max_length x width) at most (NEFTune, Jain et al. 2023,
+    arXiv:2310.05914: 5 to 15)."""
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False

@@ -50,14 +50,29 @@ def sharded_loading(training: TrainingConfig) -> Iterator[None]:
     del marker
 
 
-def build(model: Any, training: TrainingConfig, *, total_steps: int) -> Any:
+def add_noise(model: Any, alpha: float, length: int) -> None:
+    """Disturb the embeddings of `model` while it trains (NEFTune, Jain et al. 2023, arXiv:2310.05914, algorithm 1).
+
+    `length`: tokens of a row. The noise is uniform between +-alpha / sqrt(length x width).
+    """
+
+    def disturbed(embedding: Any, _: object, output: torch.Tensor) -> torch.Tensor:
+        if not embedding.training:
+            return output
+        bound = alpha / math.sqrt(length * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-bound, bound)
+
+    model.get_input_embeddings().register_forward_hook(disturbed)
+
+
+def build(model: Any, training: TrainingConfig, *, total_steps: int, loraplus_lr_ratio: float | None = None) -> Any:
     """The DeepSpeed engine around `model`, in an already initialised process group."""
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     vocab_size = model.config.get_text_config().vocab_size
     install_chunked_causal_lm_loss(model, block_rows=max(1, _CACHED_LOGITS // vocab_size))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(model, training)
+    optimizer = _optimizer(model, training, loraplus_lr_ratio or 1.0)
     num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
     config = zero.deepspeed_config(training, num_parameters=num_parameters)
     if zero.stage(training) == 0 and compute_dtype(training) == torch.float32:
@@ -75,16 +90,24 @@ def build(model: Any, training: TrainingConfig, *, total_steps: int) -> Any:
     return built
 
 
-def _optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; biases and norms (vectors) are not decayed, as usual since GPT-2."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
+def _optimizer(model: Any, training: TrainingConfig, b_ratio: float) -> torch.optim.Optimizer:
+    """Fused AdamW; biases and norms (vectors) are not decayed, as usual since GPT-2.
+
+    The B matrices of LoRA learn `b_ratio` times as fast. The first group has the plain rate, which is the one logged.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    vectors = [p for _, p in trained if _dimensions(p) < 2]
+    fast = [p for name, p in trained if "lora_B" in name and b_ratio != 1]
+    apart = {id(parameter) for parameter in (*vectors, *fast)}
+    rate, decay = training.learning_rate, training.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in trained if id(p) not in apart], "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": fast, "weight_decay": decay, "lr": rate * b_ratio},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=training.learning_rate,
+        lr=rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         fused=True,

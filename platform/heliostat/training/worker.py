@@ -21,7 +21,7 @@ from torch import Tensor
 from heliostat import journal
 from heliostat.data.packing import IGNORED, PackedDataset, collate
 from heliostat.data.tokens import TokenDataset
-from heliostat.models import adapters, base
+from heliostat.models import adapters, base, freezing
 from heliostat.training import checkpoint, engine, order
 from heliostat.training.objectives import causal_lm_loss, learned_positions
 from heliostat.training.spec import WorkerSpec
@@ -131,7 +131,12 @@ class Worker:
                 model = base.load_model(spec.model, revision=spec.revision, dtype=dtype, attention=spec.attention)
         if self.trained_only:
             model = adapters.attach(model, spec.adapter, base=spec.model, seed=spec.seed)
-        built = engine.build(model, self.training, total_steps=spec.total_steps)
+        if spec.adapter.freeze:
+            freezing.freeze(model, spec.adapter.freeze)
+        if self.training.neftune_noise_alpha:
+            engine.add_noise(model, self.training.neftune_noise_alpha, spec.max_length)
+        ratio = spec.adapter.loraplus_lr_ratio
+        built = engine.build(model, self.training, total_steps=spec.total_steps, loraplus_lr_ratio=ratio)
         torch.manual_seed(spec.seed + self.session.rank)
         return built
 

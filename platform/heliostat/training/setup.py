@@ -46,6 +46,11 @@ def check(config: ExperimentConfig) -> None:
             "new one; drop one"
         )
     zero.deepspeed_config(training, num_parameters=1)
+    if config.adapter.use_dora and zero.stage(training) == 3:
+        raise ConfigError(
+            "adapter.use_dora needs whole weights for its magnitudes, which training.deepspeed="
+            f"{training.deepspeed} splits; use zero2, or leave use_dora out"
+        )
 
 
 def check_best(config: ExperimentConfig, rows: dict[str, list[Row]]) -> None:

@@ -8,8 +8,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from heliostat.data.tokens import leading_bos
 from heliostat.errors import ConfigError
-from heliostat.evaluation.config import SAMPLING_SETTINGS
-from heliostat.evaluation.generate import batches, decode, generate, generate_batch
+from heliostat.evaluation.generate import batches, changed_config, decode, generate, generate_batch
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models.base import InferenceModel
 
@@ -23,7 +22,7 @@ def complete(
     that has one gap, and is taken as it is otherwise. The bundle's prompt prefix comes before it. A stop string and
     what follows it are no part of the continuation.
     """
-    config = _config(loaded, settings)
+    config = changed_config(loaded.model, settings)
     outputs = generate(
         loaded.model,
         [encode_prompt(loaded, prompt) for prompt in prompts],
@@ -44,7 +43,7 @@ def stream(
     Raises:
         ConfigError: beams are asked for, of which no text is certain before the end.
     """
-    config = _config(loaded, settings)
+    config = changed_config(loaded.model, settings)
     if (config.num_beams or 1) > 1:
         raise ConfigError(f"num_beams={config.num_beams} cannot be streamed; leave --stream out, or set num_beams=1")
     ids = [encode_prompt(loaded, prompt)]
@@ -53,14 +52,6 @@ def stream(
     options = {"pad_token_id": loaded.tokenizer.pad_token_id, "tokenizer": loaded.tokenizer}
     generate_batch(loaded.model, ids, batch, config=config, seed=seed, streamer=streamer, **options)
     return streamer.written
-
-
-def _config(loaded: InferenceModel, settings: dict[str, Any]) -> GenerationConfig:
-    defaults = loaded.model.generation_config.to_dict()
-    if settings.get("do_sample") is False:
-        # Left-over sampling settings would only make transformers warn.
-        defaults.update(dict.fromkeys(SAMPLING_SETTINGS))
-    return GenerationConfig.from_dict({**defaults, **settings})
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers is not typed

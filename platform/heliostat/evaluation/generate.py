@@ -1,6 +1,6 @@
 """Batched generation with `transformers.generate`. Knows token ids and decoding settings, not tasks or metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,7 +15,11 @@ from heliostat.evaluation.config import SAMPLING_SETTINGS, GenerationSettings
 
 def generation_config(model: Any, settings: GenerationSettings | None) -> GenerationConfig:
     """The model's own decoding defaults with `settings` on top (None: the defaults alone)."""
-    changes = settings.model_dump(exclude_none=True) if settings else {}
+    return changed_config(model, settings.model_dump(exclude_none=True) if settings else {})
+
+
+def changed_config(model: Any, changes: Mapping[str, Any]) -> GenerationConfig:
+    """The model's own decoding defaults with `changes` on top, by transformers' names."""
     base = model.generation_config.to_dict()
     if changes.get("do_sample") is False:
         # Left-over sampling settings would only make transformers warn.

@@ -11,11 +11,12 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import serve, streams
-from benchmarks.streams import Ask, Round, Stream
+from benchmarks.streams import Ask, Round
 
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt"
 WINDOW, WINDOWS = 256, 64
@@ -65,10 +66,7 @@ async def speeds(exact: Any, half: Any) -> dict[str, float]:
 
 
 async def _work_off(served: Any, asks: Sequence[Ask], clients: int) -> Round:
-    async def ask(each: Ask) -> Stream:
-        return await serve.ask_engine(served, each)
-
-    return await streams.work_off(asks, clients, ask)
+    return await streams.work_off(asks, clients, partial(serve.ask_engine, served))
 
 
 def measure(text: Path) -> dict[str, float]:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,9 @@ async def _run_engine(folder: str, device: str, connection: Connection) -> None:
     args = EndpointArgs(cache_tokens=CACHE_TOKENS, max_batch_tokens=BATCH_TOKENS)
     served = await ServedModel.start(load_for_inference(folder, device=device), "model", args)
 
-    async def ask(each: Ask) -> Stream:
-        return await ask_engine(served, each)
-
     while (order := await asyncio.to_thread(connection.recv)) is not None:
         asks, clients = order
-        connection.send(await streams.work_off(asks, clients, ask))
+        connection.send(await streams.work_off(asks, clients, partial(ask_engine, served)))
     served.close()
 
 

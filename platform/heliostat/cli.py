@@ -381,10 +381,12 @@ def _generate(options: argparse.Namespace) -> Result | None:
     if options.stream or talking:
         command.stream(loaded, _typed() if talking else prompts, given, options.seed, options.write)
         return None
-    compared = command.compare(loaded, prompts, ways or {"": given}, options.seed)
     if ways:
+        compared = command.compare(loaded, prompts, ways, options.seed)
         return {"model": options.model, "prompts": prompts, "compared": compared}
-    return {"model": options.model, "outputs": compared[0]["outputs"]}
+    from heliostat.evaluation import completion
+
+    return {"model": options.model, "outputs": completion.complete(loaded, prompts, given, seed=options.seed)}
 
 
 def _typed() -> Iterator[str]:

@@ -87,7 +87,7 @@ def table(prompts: Sequence[str], compared: Sequence[dict[str, Any]], width: int
     return captured.get().rstrip("\n")
 
 
-def stream(loaded: Any, prompts: Iterable[str], given: Settings, seed: int, write: Callable[[str], None]) -> list[str]:
+def stream(loaded: Any, prompts: Iterable[str], given: Settings, seed: int, write: Callable[[str], None]) -> None:
     """Complete one prompt after the other, and write each continuation while it comes.
 
     Raises:
@@ -95,8 +95,6 @@ def stream(loaded: Any, prompts: Iterable[str], given: Settings, seed: int, writ
     """
     from heliostat.evaluation import completion
 
-    outputs = []
     for prompt in prompts:
-        outputs.append(completion.stream(loaded, prompt, given, write, seed=seed))
+        completion.stream(loaded, prompt, given, write, seed=seed)
         write("\n")
-    return outputs

@@ -1,8 +1,7 @@
 """The engine and the lane on a GPU give what `generate()` gives there."""
 
 import asyncio
-import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from heliostat.serving.config import EndpointArgs
 from heliostat.serving.sampling import SamplingParams
 from heliostat.serving.served import ServedModel
 from tests import tiny
+from tests.tokens import alone, prompts
 
 # Large enough that a GPU's kernels tile, small enough that no two logits are nearly alike.
 KEYS: dict[str, dict[str, Any]] = {
@@ -45,20 +45,6 @@ def loaded(request: pytest.FixtureRequest, gpu: torch.device, tmp_path_factory: 
     return base.load_for_inference(str(folder), device=str(gpu), dtype="float32")
 
 
-def prompts(count: int) -> list[list[int]]:
-    rng = random.Random(0)
-    return [[rng.randrange(2, 260) for _ in range(rng.randrange(1, 200))] for _ in range(count)]
-
-
-def alone(model: Any, prompt: Sequence[int], max_tokens: int, **settings: Any) -> list[int]:
-    """What the model's own `generate` gives."""
-    ids = torch.tensor([list(prompt)], device=model.device)
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, **settings
-    )
-    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-
 async def tokens(deltas: AsyncGenerator[tuple[int, Delta]]) -> list[int]:
     return [token async for _, delta in deltas for token in delta.token_ids]
 
@@ -79,7 +65,7 @@ def run(loaded: Any, test: Any) -> None:
 
 
 def test_64_prompts_at_concurrency_16_equal_generate(loaded: Any) -> None:
-    given = prompts(64)
+    given = prompts(64, 200)
     expected = [alone(loaded.model, prompt, 48) for prompt in given]
 
     async def test(served: ServedModel) -> None:
@@ -95,7 +81,7 @@ def test_64_prompts_at_concurrency_16_equal_generate(loaded: Any) -> None:
 
 
 def test_penalties_and_beams_equal_generate(loaded: Any) -> None:
-    given = prompts(4)
+    given = prompts(4, 200)
 
     async def test(served: ServedModel) -> None:
         for prompt in given:
@@ -107,8 +93,8 @@ def test_penalties_and_beams_equal_generate(loaded: Any) -> None:
     run(loaded, test)
 
 
-def test_logprobs_are_those_of_the_model_on_a_cpu(loaded: Any) -> None:
-    prompt = prompts(1)[0]
+def test_logprobs_are_those_of_the_model(loaded: Any) -> None:
+    prompt = prompts(1, 200)[0]
 
     async def test(served: ServedModel) -> None:
         found = [delta async for _, delta in served.generate(prompt, SamplingParams(8, logprobs=2))]
@@ -124,7 +110,7 @@ def test_logprobs_are_those_of_the_model_on_a_cpu(loaded: Any) -> None:
 
 def test_a_seed_repeats_and_a_closed_stream_frees_its_slot(loaded: Any) -> None:
     params = SamplingParams(24, temperature=1.0, top_p=0.9, seed=7)
-    prompt = prompts(2)[1]
+    prompt = prompts(2, 200)[1]
 
     async def test(served: ServedModel) -> None:
         first, second = await asyncio.gather(*(tokens(served.generate(prompt, params)) for _ in range(2)))
@@ -140,6 +126,6 @@ def test_in_16_bits_the_engine_passes_the_check_of_new_versions(loaded: Any, dty
     half = base.load_for_inference(loaded.path, device="cuda", dtype=dtype)
 
     async def test(served: ServedModel) -> None:
-        await parity.check_served(served, prompts(16))
+        await parity.check_served(served, prompts(16, 200))
 
     run(half, test)

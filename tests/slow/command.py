@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from heliostat import journal as metrics_file
+
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
     """Start a command with --json."""
@@ -49,7 +51,7 @@ def last_step(run_folder: Path) -> int:
 
 def journal(run_folder: Path, metric: str) -> dict[int, float]:
     """The values of one metric by step; a repeated step's last one."""
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows, _ = metrics_file.read(run_folder / metrics_file.NAME)
     return {row["step"]: row["metrics"][metric] for row in rows if metric in row["metrics"]}
 
 

@@ -18,6 +18,7 @@ from heliostat.serving.engine import Engine, EngineFailed, Overloaded
 from heliostat.serving.sampling import InvalidRequest, SamplingParams
 from heliostat.serving.text import Completion
 from tests import tiny
+from tests.tokens import alone, prompts
 
 POSITIONS = 128
 Loaded = base.InferenceModel
@@ -53,19 +54,6 @@ def run(loaded: Loaded, test: Callable[[Engine], Awaitable[None]], **sizes: int)
 
 async def tokens(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
     return [token async for delta in engine.generate(prompt, params) for token in delta.token_ids]
-
-
-def alone(model: Any, prompt: Sequence[int], max_tokens: int, **settings: Any) -> list[int]:
-    """What the model's own greedy `generate` gives."""
-    ids = torch.tensor([list(prompt)])
-    settings = {"max_new_tokens": max_tokens, "do_sample": False, **settings}
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-
-def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(2, 260) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("cache_tokens", [2048, 256], ids=["roomy", "too small for all at once"])

@@ -1,7 +1,6 @@
 """The lane gives what `generate()` gives, many requests at once, and nothing that one does reaches another."""
 
 import asyncio
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,6 +17,7 @@ from heliostat.serving.engine import Engine, EngineFailed, Overloaded, token_ids
 from heliostat.serving.lane import Lane
 from heliostat.serving.sampling import DecodingDefaults, SamplingParams
 from tests import tiny
+from tests.tokens import prompts
 
 Loaded = base.InferenceModel
 BEAMS = {"num_beams": 4, "length_penalty": 0.3}
@@ -79,11 +79,6 @@ def alone(loaded: Loaded, prompt: Sequence[int], max_tokens: int, **settings: An
     new: list[int] = output[0, len(prompt) :].tolist()
     ends = token_ids(loaded.model.generation_config.eos_token_id)
     return new[: next((index + 1 for index, token in enumerate(new) if token in ends), len(new))]
-
-
-def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(2, 260) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
 
 
 def asked(limit: int, **settings: Any) -> SamplingParams:

@@ -15,7 +15,7 @@ from heliostat.data import formats
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError, ModelError
-from heliostat.evaluation.config import GenerationSettings
+from heliostat.evaluation.config import SAMPLING_SETTINGS, GenerationSettings
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.tuning import space
 from heliostat.tuning.space import Parameter, Point, Space
@@ -42,7 +42,6 @@ _NEUTRAL = {
     "length_penalty": 1.0,
     "stop_strings": [],
 }
-_SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Setting:
         decode alike if and only if these are equal.
         """
         given = self.generation.model_dump(exclude_none=True)
-        idle = set(_SAMPLING) if not self.generation.do_sample else set()
+        idle = set(SAMPLING_SETTINGS) if not self.generation.do_sample else set()
         idle |= {"length_penalty"} if (self.generation.num_beams or 1) == 1 else set()
         return {key: value for key, value in given.items() if key not in idle and value != _NEUTRAL.get(key)}
 

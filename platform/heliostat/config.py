@@ -73,12 +73,12 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key that `model` accepts, dotted: `name`, `training`, `training.learning_rate`, ..."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        section = _section(field.annotation)
-        if section is not None:
-            yield from dotted_keys(section, f"{prefix}{name}.")
+        below = section(field.annotation)
+        if below is not None:
+            yield from dotted_keys(below, f"{prefix}{name}.")
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model in an annotation such as `Section` or `Section | None`."""
     for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):

@@ -158,7 +158,7 @@ def quickstart(folder: Path) -> dict[str, float]:
     root = folder / "quickstart"
     config = quickstart_config(root)
     spec = _spec(root, config.training, config.data.max_length, QUICKSTART_STEPS)
-    with LocalSession(spec.checkpoints, keep=1) as session:
+    with LocalSession() as session:
         Worker(spec, session).run()
     return {"peak_rss_mib": peak_rss_mib()}
 
@@ -178,7 +178,7 @@ def ours(folder: Path) -> Measurement:
 
     training, steps = _training(settings), settings.warmup + settings.steps
     spec = _spec(folder, training, MAX_LENGTH, steps)
-    with LocalSession(spec.checkpoints, keep=1) as session:
+    with LocalSession() as session:
         worker = TimedWorker(spec, session)
         worker.run()
     rows = worker.train_rows

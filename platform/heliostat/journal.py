@@ -1,6 +1,7 @@
 """The metrics journal of a run: `metrics.jsonl` in its folder. Knows the file's form, not what writes or reads it.
 
-One JSON line for each logged step: {"step", "time" (unix seconds), "metrics": {name: finite number}}. The first
+One JSON line for each logged step: {"step", "time" (unix seconds), "metrics": {name: finite number}}; or, with a
+"note" beside them, what the user must be told. The first
 training worker appends; the driver follows the file, to show progress and to ship the metrics to MLflow. A run that
 goes on from a checkpoint repeats the steps since, with equal values.
 """
@@ -16,11 +17,12 @@ from typing import Any
 NAME = "metrics.jsonl"
 
 
-def append(path: Path, step: int, metrics: Mapping[str, float]) -> None:
+def append(path: Path, step: int, metrics: Mapping[str, float], note: str | None = None) -> None:
     """Add a row with those metrics that are finite."""
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    row = {"step": step, "time": time.time(), "metrics": finite, **({"note": note} if note else {})}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "time": time.time(), "metrics": finite}) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[dict[str, Any]], int]:
@@ -47,6 +49,7 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
         metrics = {str(name): float(value) for name, value in row["metrics"].items()}
-        return {"step": int(row["step"]), "time": float(row["time"]), "metrics": metrics}
+        note = {"note": str(row["note"])} if "note" in row else {}
+        return {"step": int(row["step"]), "time": float(row["time"]), "metrics": metrics, **note}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -62,7 +62,7 @@ def spec(
         revision=None,
         from_scratch=False,
         attention=None,
-        adapter=AdapterConfig(method=method, lora_r=4),
+        adapter=AdapterConfig(method=method, lora_r=4, lora_dropout=0.1),
         training=training,
         train_tokens=str(folder / "train"),
         validation_tokens=str(folder / "validation"),
@@ -103,9 +103,17 @@ def resumed(folder: Path) -> Path:
     specs = [spec(folder, f"{method}-{stage}-resumed", 2, 4, stage, method) for method in METHODS for stage in STAGES]
     forked.run([(first, 2) for first in specs])
     for first in specs:
-        newest = first.checkpoints / "attempt-01" / checkpoint.name(STEPS, 2)
-        (newest / "manifest_1.json").unlink()
+        newest = checkpoint.at(first.checkpoints, "attempt-01", STEPS, 2)
+        (newest.folder / "manifest_1.json").unlink()
     forked.run([(dataclasses.replace(first, attempt="attempt-02"), 2) for first in specs])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resized(folder: Path) -> Path:
+    """The same runs by 3, then 2, then 3 workers. 3 do not divide the global batch of 8."""
+    specs = [spec(folder, f"{method}-{stage}-resized", 2, 4, stage, method) for method in METHODS for stage in STAGES]
+    forked.run([(each, workers, until) for each in specs for workers, until in ((3, 2), (2, 4), (3, None))])
     return folder
 
 
@@ -117,6 +125,17 @@ def test_cut_of_the_global_batch_does_not_matter(finished: Path, method: str, ru
         expected = command.journal(finished / reference, metric)
         assert len(expected) >= 3
         assert command.journal(finished / f"{method}-{run}", metric) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_workers_that_come_and_go_do_not_matter(finished: Path, resized: Path, method: str, stage: str) -> None:
+    run = resized / f"{method}-{stage}-resized"
+    assert list(command.journal(run, "progress.start")) == [0, 2, 4]
+    for metric in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+        expected = command.journal(finished / f"{method}-2x4-{stage}", metric)
+        assert command.journal(run, metric) == pytest.approx(expected, rel=1e-5)
+    assert not (run / "checkpoints" / "universal").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

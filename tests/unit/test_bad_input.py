@@ -90,7 +90,7 @@ def test_a_config_that_is_not_there(experiment: Experiment) -> None:
         ("name: x\nmodel: {model_name_or_path: m}\ndata: {trian: a}\n", "config.yaml:3: unknown key `data.trian`; did "
          "you mean `data.train`?"),
         ("name: x\nmodel: {model_name_or_path: m}\ndata: {train: a}\ntraining:\n  num_workers: two\n",
-         "config.yaml:5: `training.num_workers`: Input should be a valid integer"),
+         "config.yaml:5: `training.num_workers`: must be a number of workers, or [min, max]"),
         ("name: x\nmodel: {model_name_or_path: m}\ndata: {train: a}\nname: y\n", "config.yaml:4: `name` is given "
          "twice (first on line 1)"),
     ],

@@ -1,58 +1,45 @@
-"""A checkpoint counts only if it is whole: a missing, shortened or changed file makes the one before it the newest."""
+"""A checkpoint counts only if it is whole: a missing, changed or foreign file makes the one before it the newest."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from heliostat.training import checkpoint
+from heliostat.training.checkpoint import Checkpoint
 
 WORLD = 2
 FILES = [
     "deepspeed/mp_rank_00_model_states.pt",
     "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt",
-    "rng_0.pt",
-    "rng_1.pt",
-    "state.json",
     "manifest_0.json",
     "manifest_1.json",
+    "state.json",
 ]
 
 
-class Engine:
-    """Writes and reads the files that a DeepSpeed engine of ZeRO-2 does, by their names."""
+def shards(rank: int, content: bytes) -> Callable[[Path], None]:
+    """Writes the files that a DeepSpeed engine of ZeRO-2 does, by their names."""
 
-    def __init__(self, rank: int, content: bytes = b"weights") -> None:
-        self.rank = rank
-        self.content = content
-        self.loaded: bytes | None = None
+    def write(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        if rank == 0:
+            (folder / "mp_rank_00_model_states.pt").write_bytes(content * 100)
+        shard = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        (folder / shard).write_bytes(content * 50 + bytes([rank]))
 
-    def save_checkpoint(self, folder: str, tag: str, **options: Any) -> None:
-        assert options == {"exclude_frozen_parameters": False, "save_latest": False}
-        place = Path(folder) / tag
-        place.mkdir(exist_ok=True)
-        if self.rank == 0:
-            (place / "mp_rank_00_model_states.pt").write_bytes(self.content * 100)
-        shard = f"zero_pp_rank_{self.rank}_mp_rank_00_optim_states.pt"
-        (place / shard).write_bytes(self.content * 50 + bytes([self.rank]))
-
-    def load_checkpoint(self, folder: str, tag: str, **options: Any) -> None:
-        assert options == {"load_module_strict": True}
-        self.loaded = (Path(folder) / tag / "mp_rank_00_model_states.pt").read_bytes()
+    return write
 
 
-def save(root: Path, step: int, world_size: int = WORLD, attempt: str = "attempt-01") -> Path:
-    folder = root / attempt / checkpoint.name(step, world_size)
-    for rank in reversed(range(world_size)):
-        engine = Engine(rank, b"step %d" % step)
-        checkpoint.save(engine, folder, {"step": step}, rank=rank, trained_only=False)
-    return folder
+def save(root: Path, step: int, workers: int = WORLD, attempt: str = "attempt-01") -> Checkpoint:
+    made = checkpoint.at(root, attempt, step, workers)
+    for rank in reversed(range(workers)):
+        made.write(rank, {"step": step}, shards(rank, b"step %d" % step))
+    return made
 
 
 @pytest.fixture
@@ -64,7 +51,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def names(root: Path) -> list[str]:
-    return sorted(f"{folder.parent.name}/{folder.name}" for folder in root.glob("*/step_*"))
+    return sorted(f"{folder.parent.name}/{folder.name}" for folder in root.glob("*/*step_*"))
+
+
+def newest(root: Path) -> tuple[int | None, list[str]]:
+    """The step of the newest whole checkpoint, and what was told on the way."""
+    told: list[str] = []
+    found = checkpoint.newest_whole(root, told.append)
+    return found.step if found else None, told
 
 
 def flipped(data: bytes) -> bytes:
@@ -78,96 +72,103 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "shortened": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "bit flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "joined by another": lambda path: path.with_suffix(".old").write_bytes(b""),
 }
 
 
 def test_a_whole_checkpoint_has_these_files_and_counts(root: Path) -> None:
-    newest = checkpoint.newest(root, WORLD)
-    assert newest == root / "attempt-01" / "step_000010-w2"
-    assert sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()) == sorted(FILES)
-    assert checkpoint.is_whole(newest, WORLD)
+    last = checkpoint.at(root, "attempt-01", 10, WORLD)
+    assert sorted(str(path.relative_to(last.folder)) for path in last.folder.rglob("*") if path.is_file()) == FILES
+    assert (last.step, last.workers, last.state(), last.faults()) == (10, 2, {"step": 10}, [])
+    assert newest(root) == (10, [])
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
 @pytest.mark.parametrize("file", FILES)
-def test_any_damage_to_any_file_makes_the_one_before_the_newest(file: str, damage: str, root: Path) -> None:
-    last = root / "attempt-01" / "step_000010-w2"
-    DAMAGES[damage](last / file)
-    assert not checkpoint.is_whole(last, WORLD)
-    assert checkpoint.newest(root, WORLD) == root / "attempt-01" / "step_000005-w2"
+def test_any_damage_is_told_and_the_one_before_is_used(file: str, damage: str, root: Path) -> None:
+    last = checkpoint.at(root, "attempt-01", 10, WORLD)
+    DAMAGES[damage](last.folder / file)
+    half_written = file.startswith("manifest") and damage == "deleted"
+    step, (told,) = newest(root)
+    assert step == 5
+    assert told.startswith("the checkpoint of step 10 is not whole and was ")
+    aside = root / "attempt-01" / "damaged_step_000010-w2"
+    assert aside.exists() != half_written, "nothing is learned from what a kill left behind"
+    if aside.exists():
+        assert f"set aside as {aside}" in told
+        reasons = (aside / "damage.txt").read_text()
+        assert reasons.splitlines()[0] in told
+        assert Path(file).stem in reasons or file.startswith("manifest")
+    assert newest(root) == (5, []), "what was set aside does not come back"
     DAMAGES[damage](root / "attempt-01" / "step_000005-w2" / file)
-    assert checkpoint.newest(root, WORLD) is None
+    assert newest(root)[0] is None
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_workers_find_together_what_one_finds_alone(damage: str, root: Path) -> None:
+    last = checkpoint.at(root, "attempt-01", 10, WORLD)
+    for file in FILES[:3]:
+        DAMAGES[damage](last.folder / file)
+    for workers in (2, 3, 9):
+        parts = [last.faults(rank, workers) for rank in range(workers)]
+        assert sorted({fault for part in parts for fault in part}) == sorted(last.faults()) != []
+
+
+def test_files_of_network_file_systems_do_not_count(root: Path) -> None:
+    (root / "attempt-01" / "step_000010-w2" / "deepspeed" / ".nfs000000012").touch()
+    assert newest(root) == (10, [])
 
 
 def test_every_file_is_in_exactly_one_manifest(root: Path) -> None:
     """Each worker vouches for what it wrote: two that hashed a file while the other writes it would disagree."""
     folder = root / "attempt-01" / "step_000010-w2"
     manifests = [json.loads((folder / f"manifest_{rank}.json").read_text()) for rank in range(WORLD)]
-    assert set(manifests[1]) == {"rng_1.pt", "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"}
+    assert set(manifests[1]) == {"deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"}
     assert set(manifests[0]) | set(manifests[1]) == {name for name in FILES if not name.startswith("manifest")}
     assert not set(manifests[0]) & set(manifests[1])
 
 
 def test_a_worker_that_is_killed_while_saving_leaves_no_whole_checkpoint(root: Path) -> None:
-    folder = root / "attempt-01" / "step_000010-w2"
-    shutil.rmtree(folder)
-    checkpoint.save(Engine(0), folder, {"step": 10}, rank=0, trained_only=False)
-    assert checkpoint.newest(root, WORLD) == root / "attempt-01" / "step_000005-w2"
-    checkpoint.save(Engine(1), folder, {"step": 10}, rank=1, trained_only=False)
-    assert checkpoint.newest(root, WORLD) == folder
-
-
-class EngineThatFails(Engine):
-    def save_checkpoint(self, folder: str, tag: str, **options: Any) -> None:
-        super().save_checkpoint(folder, tag, **options)
-        raise OSError("No space left on device")
+    last = checkpoint.at(root, "attempt-01", 10, WORLD)
+    shutil.rmtree(last.folder)
+    last.write(0, {"step": 10}, shards(0, b"x"))
+    assert not last.is_finished
+    last.write(1, {"step": 10}, shards(1, b"x"))
+    assert newest(root) == (10, [])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_saving_over_an_older_one_never_counts_half_way(rank: int, root: Path) -> None:
     """A repeated step (after a restart from an earlier one) writes into the folder that is there."""
-    folder = root / "attempt-01" / "step_000010-w2"
+
+    def fail(folder: Path) -> None:
+        shards(rank, b"new")(folder)
+        raise OSError("No space left on device")
+
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(EngineThatFails(rank, b"new"), folder, {"step": 10}, rank=rank, trained_only=False)
-    assert checkpoint.newest(root, WORLD) == root / "attempt-01" / "step_000005-w2"
+        checkpoint.at(root, "attempt-01", 10, WORLD).write(rank, {"step": 10}, fail)
+    assert newest(root)[0] == 5
 
 
-def test_checkpoints_of_other_numbers_of_workers_are_left_alone(root: Path) -> None:
-    save(root, 20, world_size=1)
-    save(root, 30, world_size=4)
-    assert checkpoint.newest(root, 2) == root / "attempt-01" / "step_000010-w2"
-    assert checkpoint.newest(root, 1) == root / "attempt-01" / "step_000020-w1"
-    assert checkpoint.newest(root, 3) is None
-    assert checkpoint.newest(root / "nowhere", 1) is None
-
-
-def test_the_newest_step_of_all_attempts_wins_and_the_later_attempt_of_equals(root: Path) -> None:
+def test_the_newest_is_by_step_and_then_by_time_whoever_wrote_it(root: Path) -> None:
     first = save(root, 15, attempt="attempt-02")
-    assert checkpoint.newest(root, WORLD) == first
-    again = save(root, 15, attempt="attempt-10")
-    os.utime(again, (first.stat().st_mtime + 1,) * 2)
-    assert checkpoint.newest(root, WORLD) == again
+    save(root, 12, workers=4)
+    assert newest(root)[0] == 15
+    again = save(root, 15, workers=3, attempt="attempt-10")
+    os.utime(again.folder, (first.folder.stat().st_mtime + 1,) * 2)
+    assert checkpoint.newest_whole(root, print) == again
     (root / "attempt-02" / "step_99-w2.tmp").mkdir()
     (root / "attempt-02" / "step_xyz").mkdir()
-    assert checkpoint.newest(root, WORLD) == again
+    assert [(found.step, found.workers) for found in checkpoint.newest_first(root)] == [
+        (15, 3), (15, 2), (12, 4), (10, 2), (5, 2),
+    ]  # fmt: skip
+    assert newest(root / "nowhere") == (None, [])
 
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     save(tmp_path, 999_999)
-    larger = save(tmp_path, 1_000_000)
-    assert checkpoint.newest(tmp_path, WORLD) == larger
-
-
-def test_random_state_and_progress_come_back(tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    torch.rand(3)
-    folder = save(tmp_path, 4, world_size=1)
-    expected = torch.rand(5)
-    torch.manual_seed(8)
-    engine = Engine(0)
-    assert checkpoint.load(engine, folder, rank=0, trained_only=False) == {"step": 4}
-    assert torch.equal(torch.rand(5), expected)
-    assert engine.loaded == b"step 4" * 100
+    save(tmp_path, 1_000_000)
+    assert newest(tmp_path) == (1_000_000, [])
 
 
 def test_pruning_keeps_the_newest(root: Path) -> None:
@@ -176,22 +177,12 @@ def test_pruning_keeps_the_newest(root: Path) -> None:
     assert names(root) == ["attempt-01/step_000010-w2", "attempt-02/step_000007-w2"]
     checkpoint.prune(root, keep=5)
     assert len(names(root)) == 2
-    checkpoint.prune(root, keep=1)
-    assert names(root) == ["attempt-01/step_000010-w2"]
     checkpoint.prune(root / "nowhere", keep=1)
-
-
-def test_pruning_keeps_the_newest_step_beyond_six_digits(tmp_path: Path) -> None:
-    save(tmp_path, 999_999)
-    save(tmp_path, 1_000_000)
-    checkpoint.prune(tmp_path, keep=1)
-    assert names(tmp_path) == ["attempt-01/step_1000000-w2"]
 
 
 def test_what_was_never_finished_is_pruned_before_what_was(root: Path) -> None:
     """A kill while saving step 15 leaves its folder; it must not push out what the restarted run saves at step 12."""
-    (save(root, 15) / "manifest_1.json").unlink()
-    restarted = save(root, 12, attempt="attempt-02")
-    checkpoint.prune(root, keep=1)
-    assert names(root) == ["attempt-02/step_000012-w2"]
-    assert checkpoint.newest(root, WORLD) == restarted
+    (save(root, 15).folder / "manifest_1.json").unlink()
+    save(root, 12, attempt="attempt-02")
+    checkpoint.prune(root, keep=2)
+    assert names(root) == ["attempt-01/step_000010-w2", "attempt-02/step_000012-w2"]

@@ -140,8 +140,11 @@ def test_each_synonym_beside_its_key_is_refused(synonym: str, tmp_path: Path) ->
         (["name=a/b"], "override name: `name`: String should match pattern"),
         (["seed=-1"], "override seed: `seed`: Input should be greater than or equal to 0 (given: -1)"),
         (["resume=yes"], "override resume: `resume`: Input should be 'auto', 'never' or 'must' (given: true)"),
-        (["training.num_workers=1.5"], "override training.num_workers: `training.num_workers`: Input should be a "
-         "valid integer"),
+        (["training.num_workers=1.5"], "override training.num_workers: `training.num_workers`: must be a number "
+         "of workers, or [min, max] for as many as there is room for (given: 1.5)"),
+        (["training.num_workers=[3, 2]"], "must be a number of workers, or [min, max]"),
+        (["training.num_workers=[0, 2]"], "must be a number of workers, or [min, max]"),
+        (["training.save_total_limit=1"], "greater than or equal to 2"),
         (["generation.temperature=0"], "override generation.temperature: `generation.temperature`: Input should be "
          "greater than 0"),
     ],

@@ -29,6 +29,28 @@ def test_the_cut_does_not_change_the_batch() -> None:
         assert len({tuple(rows(*cut, step)) for cut in CUTS}) == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 12])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_number_of_workers_computes_the_same_micro_batches(workers: int, size: int) -> None:
+    """So what is random in one can be seeded by its number. What does not divide is filled up with no rows."""
+    batch = order.global_batch(5, 12, num_rows=1000, seed=1)
+    parts = [order.micro_batches(batch, rank, workers, size) for rank in range(workers)]
+    steps = order.accumulation_steps(12, workers, size)
+    assert [len(part) for part in parts] == [steps] * workers
+    numbered = {number * workers + rank: micro for rank in range(workers) for number, micro in enumerate(parts[rank])}
+    expected = batch.reshape(-1, size).tolist()
+    assert [numbered[number].tolist() for number in range(12 // size)] == expected
+    assert {row for number in range(12 // size, steps * workers) for row in numbered[number].tolist()} <= {-1}
+    assert (steps - 1) * workers * size < 12, "no more than one round is filled up"
+
+
+def test_randomness_is_of_a_micro_batch() -> None:
+    seeds = {order.random_seed(*place) for place in np.ndindex(3, 20, 5)}
+    assert len(seeds) == 3 * 20 * 5
+    assert order.random_seed(1, 2, 3) == order.random_seed(1, 2, 3)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
 @pytest.mark.parametrize(("num_rows", "size"), [(10, 4), (7, 7), (5, 16), (1, 3), (64, 8)])
 def test_every_epoch_is_a_new_permutation(num_rows: int, size: int) -> None:
     epochs = 6

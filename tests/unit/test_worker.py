@@ -14,7 +14,7 @@ from heliostat.data.records import Row
 from heliostat.data.tokens import encode
 from heliostat.models import base
 from heliostat.models.config import AdapterConfig
-from heliostat.training import checkpoint, engine
+from heliostat.training import engine
 from heliostat.training.config import TrainingConfig
 from heliostat.training.spec import WorkerSpec
 from heliostat.training.worker import LocalSession, Progress, Worker
@@ -86,7 +86,7 @@ def train(
         export_all=False,
         seed=3,
     )
-    with LocalSession(spec.checkpoints, keep=training.save_total_limit) as session:
+    with LocalSession() as session:
         progress = Worker(spec, session).run()
     found: dict[str, list[float]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -223,7 +223,7 @@ def test_early_stopping_keeps_the_best_weights(folder: Path, tmp_path: Path) -> 
 def test_only_the_newest_checkpoints_are_kept(folder: Path, tmp_path: Path) -> None:
     train(folder, tmp_path / "run", max_steps=8, save_total_limit=2)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "attempt-01").iterdir())
-    assert kept == [checkpoint.name(6, 1), checkpoint.name(8, 1)]
+    assert kept == ["step_000006-w1", "step_000008-w1"]
 
 
 def reloaded_validation_loss(folder: Path, run: Path) -> float:

@@ -4,6 +4,7 @@ Documents share a row but never see each other: position ids restart at 0 for ea
 mask from that. This holds only without an attention mask and with `use_cache=False`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,6 +104,11 @@ class PackedDataset:
         learned[starts] = False
         position_ids = np.arange(len(input_ids)) - np.repeat(starts, lengths)
         return PackedRow(input_ids, np.where(learned, input_ids, IGNORED), position_ids, lengths)
+
+
+def unlearned(row: PackedRow) -> PackedRow:
+    """The same row with no token to learn: it takes part in a batch, and adds nothing to its loss."""
+    return dataclasses.replace(row, labels=np.full_like(row.labels, IGNORED))
 
 
 def collate(rows: Sequence[PackedRow], pad_token_id: int, *, flatten: bool) -> dict[str, torch.Tensor | int]:

@@ -1,18 +1,42 @@
 """The `training` section. Names are Hugging Face's TrainingArguments', and Ray's for Ray things."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from heliostat.config import StrictModel
 from heliostat.evaluation.config import MetricName
 
 
+def _num_workers(value: Any) -> int | tuple[int, int]:
+    match value:
+        case bool():
+            pass
+        case int() if value >= 0:
+            return value
+        case [int(least), int(most)] if 1 <= least <= most:
+            return least, most
+    raise ValueError(f"must be a number of workers, or [min, max] for as many as there is room for (given: {value})")
+
+
 class TrainingConfig(StrictModel):
     """The optimisation, its checkpoints, and the workers it runs on."""
 
-    num_workers: NonNegativeInt = 1
-    """Ray Train workers; 0 trains in this process, without Ray."""
+    num_workers: Annotated[
+        int | tuple[int, int],
+        PlainValidator(_num_workers, json_schema_input_type=NonNegativeInt | tuple[PositiveInt, PositiveInt]),
+    ] = 1
+    """Ray Train workers; 0 trains in this process, without Ray; [min, max]: as many as the cluster has room for."""
+    elastic_resize_monitor_interval_s: PositiveFloat = 60
+    """With num_workers [min, max]: how often to see whether more fit. They go on from the last checkpoint."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] | None = None
     """Ray resources of one worker; default: 1 CPU, and 1 GPU with use_gpu."""
@@ -24,7 +48,8 @@ class TrainingConfig(StrictModel):
     """Sequences in one forward pass of one worker."""
     per_device_eval_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
-    """Global batch = workers x per_device_train_batch_size x gradient_accumulation_steps."""
+    """Global batch = workers x per_device_train_batch_size x gradient_accumulation_steps; with num_workers [min, max],
+    for max workers. Fewer workers accumulate more steps, and the global batch stays."""
     num_train_epochs: PositiveFloat = 1
     max_steps: PositiveInt | None = None
     """Optimizer steps; overrides num_train_epochs."""
@@ -52,8 +77,8 @@ class TrainingConfig(StrictModel):
     """Steps between evaluations; default: once an epoch, and at the end."""
     save_steps: PositiveInt | None = None
     """Steps between checkpoints; default: as eval_steps."""
-    save_total_limit: PositiveInt = 2
-    """Checkpoints kept on disk."""
+    save_total_limit: int = Field(2, ge=2)
+    """Checkpoints kept on disk: should the newest be damaged, the one before it is used."""
     load_best_model_at_end: bool = True
     """The final model is the best one by metric_for_best_model; False: the last one."""
     metric_for_best_model: Literal["eval_loss"] | MetricName = "eval_loss"
@@ -68,6 +93,16 @@ class TrainingConfig(StrictModel):
         return self
 
     @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
     def chosen_by_task(self) -> bool:
         """Whether the final model is chosen by a metric of generated answers."""
         return self.load_best_model_at_end and self.metric_for_best_model != "eval_loss"
@@ -75,7 +110,7 @@ class TrainingConfig(StrictModel):
     @property
     def global_batch_size(self) -> int:
         """Sequences that one optimizer step learns from, over all workers."""
-        return max(1, self.num_workers) * self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return max(1, self.max_workers) * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def ray_resources(self) -> dict[str, Any]:
         """What one worker asks of Ray."""

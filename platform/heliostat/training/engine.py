@@ -65,8 +65,19 @@ def add_noise(model: Any, alpha: float, length: int) -> None:
     model.get_input_embeddings().register_forward_hook(disturbed)
 
 
-def build(model: Any, training: TrainingConfig, *, total_steps: int, loraplus_lr_ratio: float | None = None) -> Any:
-    """The DeepSpeed engine around `model`, in an already initialised process group."""
+def build(
+    model: Any,
+    training: TrainingConfig,
+    *,
+    total_steps: int,
+    loraplus_lr_ratio: float | None = None,
+    accumulation_steps: int | None = None,
+    universal: bool = False,
+) -> Any:
+    """The DeepSpeed engine around `model`, in an already initialised process group.
+
+    `accumulation_steps` replaces the configuration's; a `universal` engine loads what `shards.convert` makes.
+    """
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     vocab_size = model.config.get_text_config().vocab_size
@@ -78,6 +89,9 @@ def build(model: Any, training: TrainingConfig, *, total_steps: int, loraplus_lr
     if zero.stage(training) == 0 and compute_dtype(training) == torch.float32:
         _clip_before_steps(optimizer, trained, training.max_grad_norm)
         config["gradient_clipping"] = 0.0
+    config["gradient_accumulation_steps"] = accumulation_steps or training.gradient_accumulation_steps
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     built, *_ = deepspeed.initialize(
         model=model,
         model_parameters=trained,
@@ -86,6 +100,9 @@ def build(model: Any, training: TrainingConfig, *, total_steps: int, loraplus_lr
         config=config,
         dist_init_required=False,
     )
+    # Scripts that DeepSpeed puts beside its shards. A disk that is full then would stop worker 0 alone, and the others
+    # would wait for it; `export` does what they are for.
+    built._copy_recovery_script = lambda _: None
     built.train()
     return built
 
@@ -141,7 +158,11 @@ def last_learning_rate(engine: Any) -> float:
 
 
 def export(engine: Any, folder: Path, *, trained_only: bool, rank: int) -> None:
-    """Write the weights (or only the adapter) as safetensors to `folder`, replacing it. All workers must call it."""
+    """Write the weights (or only the adapter) as safetensors to `folder`, replacing it. All workers must call it.
+
+    Raises:
+        OSError, SafetensorError: on worker 0, whose write failed; the folder is as it was.
+    """
     if engine.zero_optimization_stage() == 3:
         weights = engine._consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
     else:
@@ -150,6 +171,10 @@ def export(engine: Any, folder: Path, *, trained_only: bool, rank: int) -> None:
         temporary = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
-        engine.module.save_pretrained(temporary, state_dict=weights)
+        try:
+            engine.module.save_pretrained(temporary, state_dict=weights)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from heliostat import cluster, journal
 from heliostat.errors import TrainingError
-from heliostat.training import checkpoint
 from heliostat.training.config import TrainingConfig
 from heliostat.training.progress import ProgressBar
 from heliostat.training.spec import WorkerSpec
@@ -26,7 +25,7 @@ def place(training: TrainingConfig) -> Iterator[None]:
         yield
         return
     with cluster.connected():
-        cluster.require(training.ray_resources(), training.num_workers, "training.num_workers")
+        cluster.require(training.ray_resources(), training.min_workers, "training.num_workers")
         yield
 
 
@@ -41,18 +40,17 @@ def run(spec: WorkerSpec, console: Console) -> None:
             _run_here(spec)
         else:
             _run_on_ray(spec)
-    checkpoint.prune(spec.checkpoints, spec.training.save_total_limit)
 
 
 def _run_here(spec: WorkerSpec) -> None:
     from heliostat.training.worker import LocalSession, Worker
 
-    with LocalSession(spec.checkpoints, spec.training.save_total_limit) as session:
+    with LocalSession() as session:
         Worker(spec, session).run()
 
 
 def _run_on_ray(spec: WorkerSpec) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from heliostat.training import ray_worker
@@ -63,6 +61,7 @@ def _run_on_ray(spec: WorkerSpec) -> None:
         train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
             num_workers=training.num_workers,
+            elastic_resize_monitor_interval_s=training.elastic_resize_monitor_interval_s,
             use_gpu=training.use_gpu,
             resources_per_worker=training.ray_resources(),
         ),
@@ -71,7 +70,6 @@ def _run_on_ray(spec: WorkerSpec) -> None:
             storage_path=str(spec.checkpoints),
             # Only failures to start count for the controller; without a limit it would try for ever.
             failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=5),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.save_total_limit),
         ),
     )
     outcome = _fit(trainer)

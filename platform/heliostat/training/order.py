@@ -26,17 +26,31 @@ def global_batch(step: int, size: int, num_rows: int, seed: int) -> NDArray[np.i
     )
 
 
+def accumulation_steps(global_batch: int, world_size: int, size: int) -> int:
+    """Micro-batches of `size` rows that each worker computes for one global batch."""
+    return math.ceil(global_batch / (world_size * size))
+
+
 def micro_batches(batch: NDArray[np.int64], rank: int, world_size: int, size: int) -> list[NDArray[np.int64]]:
-    """The parts of a global batch that worker `rank` computes: accumulation steps of `size` rows each."""
-    return list(batch.reshape(-1, world_size, size)[:, rank])
+    """The parts of a batch that worker `rank` computes: `accumulation_steps` of `size` rows each; -1 stands for no row.
+
+    Number i of the list is number i x world_size + rank of the batch, whatever the number of workers. Every worker gets
+    equally many, as ZeRO needs.
+    """
+    steps = accumulation_steps(len(batch), world_size, size)
+    padded = np.full(steps * world_size * size, -1, dtype=np.int64)
+    padded[: len(batch)] = batch
+    return list(padded.reshape(steps, world_size, size)[:, rank])
 
 
 def evaluation_batches(num_rows: int, rank: int, world_size: int, size: int) -> list[NDArray[np.int64]]:
-    """The same for all rows once. Every worker gets equally many batches, as ZeRO-3 needs; -1 stands for no row."""
-    batches = math.ceil(num_rows / (world_size * size))
-    padded = np.full(batches * world_size * size, -1, dtype=np.int64)
-    padded[:num_rows] = np.arange(num_rows)
-    return list(padded.reshape(batches, world_size, size)[:, rank])
+    """The same for all rows once."""
+    return micro_batches(np.arange(num_rows), rank, world_size, size)
+
+
+def random_seed(seed: int, step: int, number: int) -> int:
+    """Seeds dropout and noise of micro-batch `number` of a step: with any number of workers, and after a restart."""
+    return int(np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint64)[0])
 
 
 @lru_cache(maxsize=2)

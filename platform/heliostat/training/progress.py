@@ -42,6 +42,8 @@ class ProgressBar:
         rows, self._offset = journal.read(self._journal, self._offset)
         for row in rows:
             self._latest.update(row["metrics"])
+            if "note" in row:
+                self._console.print(row["note"], highlight=False, markup=False)
             step = row["step"]
             bar.update(task, completed=step, description="training", numbers=self._numbers())
             if not self._console.is_terminal and "loss" in row["metrics"] and step * 10 // self._total > self._printed:

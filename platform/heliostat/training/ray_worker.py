@@ -1,6 +1,7 @@
 """A training worker under Ray Train (V2): the bridge from its context to `heliostat.training.worker`."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from heliostat.errors import HeliostatError
 from heliostat.training.spec import WorkerSpec
 
+_POLL_S = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+
 
 class RaySession:
     """This worker's place in the Ray Train worker group."""
@@ -21,15 +24,28 @@ class RaySession:
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self._looked = time.monotonic()
 
     def report(self, folder: Path, metrics: dict[str, float]) -> None:
-        """Hand Ray a checkpoint that already lies in its storage: nothing is copied, old ones are deleted by Ray."""
+        """Tell Ray of a checkpoint that already lies in its storage: nothing is copied."""
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_dir_name=folder.name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
+
+    def asks_for_notices(self) -> bool:
+        """Every few seconds: Ray itself looks for draining nodes no more often."""
+        due = time.monotonic() - self._looked >= _POLL_S
+        if due:
+            self._looked = time.monotonic()
+        return due
+
+    def leaving(self) -> frozenset[str]:
+        """Ray's ids of nodes that are being drained (`ray drain-node`, autoscalers)."""
+        info = ray.train.get_preemption_info()
+        return frozenset(info.preempted_node_ids) if info else frozenset()
 
 
 def train(loop_config: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from heliostat import journal
-from heliostat.data.packing import IGNORED, PackedDataset, collate
+from heliostat.data.packing import PackedDataset, collate, unlearned
 from heliostat.data.tokens import TokenDataset
 from heliostat.models import adapters, base, freezing
-from heliostat.training import checkpoint, engine, order
+from heliostat.training import agreement, checkpoint, engine, order, shards, zero
 from heliostat.training.objectives import causal_lm_loss, learned_positions
 from heliostat.training.spec import WorkerSpec
 
@@ -37,6 +39,12 @@ class Session(Protocol):
     def report(self, folder: Path, metrics: dict[str, float]) -> None:
         """Called by all workers once the checkpoint in `folder` is written."""
 
+    def asks_for_notices(self) -> bool:
+        """Whether it is time to call `leaving`; worker 0's answer counts for all."""
+
+    def leaving(self) -> frozenset[str]:
+        """Machines of the group that will soon be taken away. All workers must call it together."""
+
 
 class LocalSession:
     """A group of one: this process, without Ray."""
@@ -46,10 +54,8 @@ class LocalSession:
     # DeepSpeed insists on a launcher's variables.
     _ENVIRONMENT: ClassVar = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
-    def __init__(self, checkpoints: Path, keep: int) -> None:
+    def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._checkpoints = checkpoints
-        self._keep = keep
 
     def __enter__(self) -> Self:
         os.environ.update(self._ENVIRONMENT)
@@ -64,8 +70,15 @@ class LocalSession:
             os.environ.pop(name, None)
 
     def report(self, folder: Path, metrics: dict[str, float]) -> None:
-        """Delete what is older than the newest checkpoints."""
-        checkpoint.prune(self._checkpoints, self._keep)
+        """Nobody waits for it."""
+
+    def asks_for_notices(self) -> bool:
+        """Nobody gives notice."""
+        return False
+
+    def leaving(self) -> frozenset[str]:
+        """Nothing leaves."""
+        return frozenset()
 
 
 @dataclass
@@ -89,10 +102,13 @@ class Worker:
         self.trained_only = spec.adapter.method == "lora"
         self.train_rows = self._open(spec.train_tokens)
         self.validation_rows = self._open(spec.validation_tokens) if spec.validation_tokens else None
+        self.journal = Path(spec.run_folder) / journal.NAME
+        self.found = agreement.newest_whole(spec.checkpoints, self._tell)
         self.engine = self._build_engine()
         self.flatten = self.engine.module.config._attn_implementation.startswith("flash_attention")
         self.progress = self._restore()
-        self.log = MetricsLog(Path(spec.run_folder) / journal.NAME, session)
+        self.log = MetricsLog(self.journal, session)
+        self.saved_for: frozenset[str] = frozenset()
 
     def run(self) -> Progress:
         """Train to the end, from the newest checkpoint if there is one, and export the weights."""
@@ -101,22 +117,39 @@ class Worker:
         self.log.start(self.progress.step)
         while self.progress.step < self.spec.total_steps and not self.progress.stopped_early:
             self._step()
-            if self.progress.step % self.training.logging_steps == 0 and self._told_to_stop():
+            stop, leave = self._asked() if self.progress.step % self.training.logging_steps == 0 else (False, False)
+            if stop:
                 return self.progress
             at_end = self.progress.step == self.spec.total_steps
             if self.validation_rows is not None and (at_end or self.progress.step % self.spec.eval_steps == 0):
                 self._evaluate()
-            if at_end or self.progress.stopped_early or self.progress.step % self.spec.save_steps == 0:
+            if at_end or leave or self.progress.stopped_early or self.progress.step % self.spec.save_steps == 0:
                 self._save()
         if not self._exported_best():
             self._export(self.spec.weights)
         return self.progress
 
-    def _told_to_stop(self) -> bool:
-        """Whether the driver wants the training to end; all workers learn it at the same step."""
-        told = torch.tensor(float(self.session.rank == 0 and self.spec.stop_file.exists()), device=self.session.device)
-        dist.all_reduce(told)
-        return bool(told.item())
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether to end the training, and whether to save before a machine leaves; the same for all workers."""
+        first = self.session.rank == 0
+        asked = torch.tensor([first and self.spec.stop_file.exists(), first and self.session.asks_for_notices()])
+        asked = asked.to(self.session.device, torch.int32)
+        dist.all_reduce(asked)
+        stop, look = asked.bool().tolist()
+        return stop, bool(look) and self._must_save()
+
+    def _must_save(self) -> bool:
+        """Whether more machines are about to leave than the last time."""
+        before, self.saved_for = self.saved_for, self.session.leaving()
+        new = self.saved_for - before
+        if new:
+            self._tell(f"machine {', '.join(sorted(new))} is about to leave; saving after step {self.progress.step}")
+        return bool(new)
+
+    def _tell(self, note: str) -> None:
+        """Tell the user, by the driver, which follows the journal."""
+        if self.session.rank == 0:
+            journal.append(self.journal, 0, {}, note)
 
     def _open(self, tokens: str) -> PackedDataset:
         return PackedDataset(TokenDataset.open(Path(tokens)), self.spec.max_length, packing=self.spec.packing)
@@ -136,18 +169,44 @@ class Worker:
         if self.training.neftune_noise_alpha:
             engine.add_noise(model, self.training.neftune_noise_alpha, spec.max_length)
         ratio = spec.adapter.loraplus_lr_ratio
-        built = engine.build(model, self.training, total_steps=spec.total_steps, loraplus_lr_ratio=ratio)
-        torch.manual_seed(spec.seed + self.session.rank)
-        return built
+        return engine.build(
+            model,
+            self.training,
+            total_steps=spec.total_steps,
+            loraplus_lr_ratio=ratio,
+            accumulation_steps=order.accumulation_steps(
+                self.training.global_batch_size,
+                self.session.world_size,
+                self.training.per_device_train_batch_size,
+            ),
+            universal=self._must_convert(),
+        )
+
+    def _must_convert(self) -> bool:
+        """Whether the checkpoint's shards are those of another number of workers; without ZeRO there are none."""
+        other = self.found is not None and self.found.workers != self.session.world_size
+        return other and zero.stage(self.training) > 0
 
     def _restore(self) -> Progress:
-        """Go on from the newest whole checkpoint, the same one on every worker."""
-        found = [checkpoint.newest(self.spec.checkpoints, self.session.world_size) if self.session.rank == 0 else None]
-        dist.broadcast_object_list(found)
-        if found[0] is None:
+        """Go on from the checkpoint that was found."""
+        if self.found is None:
             return Progress()
-        state = checkpoint.load(self.engine, found[0], rank=self.session.rank, trained_only=self.trained_only)
-        return Progress(**state)
+        if self._must_convert():
+            self._load_converted(self.found.shards)
+        else:
+            shards.load(self.engine, self.found.shards, trained_only=self.trained_only)
+        return Progress(**self.found.state())
+
+    def _load_converted(self, source: Path) -> None:
+        target = self.spec.checkpoints / "universal" / source.name
+        if self.session.rank == 0:
+            shutil.rmtree(target.parent, ignore_errors=True)
+            shards.convert(source, target)
+        dist.barrier()
+        shards.load(self.engine, target, trained_only=self.trained_only)
+        dist.barrier()
+        if self.session.rank == 0:
+            shutil.rmtree(target.parent)
 
     def _step(self) -> None:
         """One optimizer step on one global batch."""
@@ -158,10 +217,12 @@ class Worker:
         num_items = max(1, int(self.train_rows.num_label_tokens(rows).sum()))
         world_size = self.session.world_size
         loss_sum = torch.zeros((), device=self.session.device)
-        for indices in order.micro_batches(
-            rows, self.session.rank, world_size, self.training.per_device_train_batch_size
-        ):
-            loss = causal_lm_loss(self.engine, self._batch(indices), num_items)
+        mine = order.micro_batches(rows, self.session.rank, world_size, self.training.per_device_train_batch_size)
+        for number, indices in enumerate(mine):
+            torch.manual_seed(
+                order.random_seed(self.spec.seed, self.progress.step, number * world_size + self.session.rank)
+            )
+            loss = causal_lm_loss(self.engine, self._batch(self.train_rows, indices, flatten=self.flatten), num_items)
             # DeepSpeed averages gradients over workers; the factor makes that a sum.
             self.engine.backward(loss * world_size, scale_wrt_gas=False)
             self.engine.step()
@@ -174,9 +235,10 @@ class Worker:
     def _epoch(self) -> float:
         return self.progress.step * self.training.global_batch_size / len(self.train_rows)
 
-    def _batch(self, indices: Any) -> dict[str, Tensor]:
-        rows = [self.train_rows.row(i) for i in indices]
-        return self._to_device(learned_positions(collate(rows, self.spec.pad_token_id, flatten=self.flatten)))
+    def _batch(self, source: PackedDataset, indices: Any, *, flatten: bool) -> dict[str, Tensor]:
+        """The rows of `indices` [rows]; in place of -1, some row of which nothing is learned."""
+        rows = [source.row(i) if i >= 0 else unlearned(source.row(0)) for i in indices]
+        return self._to_device(learned_positions(collate(rows, self.spec.pad_token_id, flatten=flatten)))
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.session.device
@@ -218,22 +280,39 @@ class Worker:
         assert rows is not None
         size = self.training.per_device_eval_batch_size
         for indices in order.evaluation_batches(len(rows), self.session.rank, self.session.world_size, size):
-            padded = [rows.row(max(i, 0)) for i in indices]
-            batch: dict[str, Any] = collate(padded, self.spec.pad_token_id, flatten=False)
-            batch["labels"][torch.as_tensor(indices < 0)] = IGNORED
-            yield self._to_device(learned_positions(batch))
+            yield self._batch(rows, indices, flatten=False)
 
     def _save(self) -> None:
-        session, progress = self.session, self.progress
-        folder = self.spec.checkpoints / self.spec.attempt / checkpoint.name(progress.step, session.world_size)
-        checkpoint.save(self.engine, folder, vars(progress), rank=session.rank, trained_only=self.trained_only)
-        session.report(folder, {"step": progress.step, "best_validation_loss": progress.best_loss})
+        session, step = self.session, self.progress.step
+        new = checkpoint.at(self.spec.checkpoints, self.spec.attempt, step, session.world_size)
+        error = None
+        try:
+            new.write(
+                session.rank,
+                vars(self.progress),
+                lambda folder: shards.save(self.engine, folder, trained_only=self.trained_only),
+            )
+        except (OSError, RuntimeError) as caught:
+            error = caught
+        try:
+            agreement.fail_alike(error, new.folder)
+        except Exception:
+            shutil.rmtree(new.folder, ignore_errors=True)
+            raise
+        if session.rank == 0:
+            checkpoint.prune(self.spec.checkpoints, self.training.save_total_limit)
+        session.report(new.folder, {"step": step, "best_validation_loss": self.progress.best_loss})
 
     def _exported_best(self) -> bool:
         return self.training.load_best_model_at_end and self.progress.best_step > 0
 
     def _export(self, folder: Path) -> None:
-        engine.export(self.engine, folder, trained_only=self.trained_only, rank=self.session.rank)
+        error = None
+        try:
+            engine.export(self.engine, folder, trained_only=self.trained_only, rank=self.session.rank)
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        agreement.fail_alike(error, folder)
 
 
 class MetricsLog:

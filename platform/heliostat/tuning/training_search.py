@@ -44,7 +44,10 @@ WHERE = "tune_training"
 NOTES = "trials.jsonl"
 RESULTS = "results.json"
 _SEARCHABLE = ("seed", "model.", "adapter.", "data.", "training.")
-_FIXED = ("training.num_workers", "training.use_gpu", "training.resources_per_worker", "training.max_failures")
+_FIXED = (
+    "training.num_workers", "training.elastic_resize_monitor_interval_s", "training.use_gpu",
+    "training.resources_per_worker", "training.max_failures",
+)  # fmt: skip
 _LOSSES = ("eval_loss", "eval_perplexity", "loss")
 # A driver of several workers takes no CPU: two of them, waiting for their workers, would hold what these need.
 _DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
@@ -146,7 +149,7 @@ def _search_hash(config: ExperimentConfig) -> str:
 
 
 def _concurrency(config: ExperimentConfig) -> int:
-    workers = max(1, config.training.num_workers)
+    workers = max(1, config.training.max_workers)
     needed = {name: amount * workers for name, amount in config.training.ray_resources().items()}
     wanted = config.tune_training.max_concurrent_trials
     return search.concurrency(needed, wanted, f"{WHERE}: training.num_workers={workers}")
@@ -246,7 +249,7 @@ class GpuHours(tune.Stopper):  # type: ignore[misc]  # Ray has no types
 
 def _gpus(training: TrainingConfig) -> float:
     """GPUs of one trial."""
-    return float(max(1, training.num_workers) * training.ray_resources().get("GPU", 0))
+    return float(max(1, training.max_workers) * training.ray_resources().get("GPU", 0))
 
 
 def _trial(plan: TrialPlan, outcome: Outcome, mode: str) -> Trial:

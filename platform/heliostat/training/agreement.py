@@ -1,0 +1,61 @@
+"""What the workers of a group do alike: go on from the same checkpoint, and fail when one of them cannot write.
+
+Knows torch's process group, and of checkpoints only whether they are whole. All workers must call each function.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from heliostat.errors import ResourceError
+from heliostat.training import checkpoint, shards
+from heliostat.training.checkpoint import Checkpoint
+
+
+def newest_whole(root: Path, tell: Callable[[str], object]) -> Checkpoint | None:
+    """The newest whole checkpoint below `root`; each worker checks a part of the files.
+
+    Those that are not whole are set aside; worker 0's `tell` hears of each.
+    """
+    rank = dist.get_rank()
+    found = [checkpoint.newest_first(root) if rank == 0 else []]
+    dist.broadcast_object_list(found)
+    for candidate in found[0]:
+        parts = _gather(candidate.faults(rank, dist.get_world_size()))
+        faults = list(dict.fromkeys(fault for part in parts for fault in part))
+        if not faults:
+            return candidate
+        if rank == 0:
+            tell(checkpoint.set_aside(candidate, faults))
+    return None
+
+
+def fail_alike(error: Exception | None, folder: Path) -> None:
+    """Nothing, if `error` is None everywhere. A worker that failed alone would leave the others waiting for it.
+
+    Raises:
+        ResourceError: a disk is full, or a quota used up; starting again would not mend it.
+        OSError: another error of writing to `folder`.
+    """
+    errors = [(rank, found) for rank, found in enumerate(_gather(_told(error))) if found]
+    if not errors:
+        return
+    rank, (text, disk_full) = next((each for each in errors if each[1][1]), errors[0])
+    if disk_full:
+        raise ResourceError(
+            f"no room to write {folder} (worker {rank}: {text}); the checkpoints before it are untouched. Make room "
+            "there, or lower training.save_total_limit, and go on with `heliostat resume` and the run's folder"
+        )
+    raise OSError(f"worker {rank} cannot write {folder}: {text}") from error
+
+
+def _told(error: Exception | None) -> tuple[str, bool] | None:
+    return None if error is None else (str(error).partition("\n")[0], shards.is_disk_full(error))
+
+
+def _gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

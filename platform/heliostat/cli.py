@@ -156,6 +156,19 @@ def _train(options: argparse.Namespace) -> Result:
     return asdict(trainer.train(config, _console()))
 
 
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in the state folder")
+    parser.add_argument(
+        "--repair", action="store_true", help="check every checkpoint first, and set aside those that are not whole"
+    )
+
+
+def _resume(options: argparse.Namespace) -> Result:
+    from heliostat.training import resume
+
+    return asdict(resume.resume(options.run, _console(), repair=options.repair))
+
+
 def _show_train(result: Result) -> str:
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
     return f"{result['model_uri']}\nbundle {result['bundle']}\nrun {result['run_id']}\n{metrics}"
@@ -457,6 +470,7 @@ COMMANDS: dict[str, Command] = {
         _show_quickstart,
     ),
     "train": Command("train a model and register it", _config_arguments, _train, _show_train),
+    "resume": Command("go on with an unfinished training run", _resume_arguments, _resume, _show_train),
     "tune-training": Command(
         "search values of training keys with Ray Tune", _config_arguments, _tune_training, _show_tune_training
     ),

@@ -101,6 +101,34 @@ def open_folder(folder: Path, config_hash: str) -> Run:
     return _reopen(folder) if facts(folder).get("config_hash") == config_hash else _start(folder, config_hash)
 
 
+def reopen(folder: Path) -> Run:
+    """The unfinished run in this folder, whatever its configuration.
+
+    Raises:
+        ConfigError: run.json cannot be read, or the run is over.
+        ResourceError: another process is working on it.
+    """
+    status = facts(folder).get("status")
+    if status not in ("running", "trained"):
+        reason = f"is {status}; there is nothing to go on with" if status else "has no readable run.json; try --repair"
+        raise ConfigError(f"{folder} {reason}")
+    return _reopen(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else works on the run inside.
+
+    Raises:
+        ResourceError: another process is working on it.
+    """
+    descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def released(run: Run, started: str) -> Iterator[None]:
     """Releases the run's lock at the end. After a UserError nothing is left of a run without the file `started`."""
@@ -138,8 +166,13 @@ def _create(storage: Path, name: str, config_hash: str, after: list[Path]) -> Ru
 def _start(folder: Path, config_hash: str) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    _write(folder, {"status": "running", "config_hash": config_hash, "attempts": 1, "created": time.time()})
+    write(folder, config_hash, attempts=1)
     return Run(folder, "attempt-01", lock)
+
+
+def write(folder: Path, config_hash: str, attempts: int) -> None:
+    """Make the run.json of a run that is not finished."""
+    _write(folder, {"status": "running", "config_hash": config_hash, "attempts": attempts, "created": time.time()})
 
 
 def _lock(folder: Path) -> int:

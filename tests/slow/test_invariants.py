@@ -62,7 +62,9 @@ def spec(
         revision=None,
         from_scratch=False,
         attention=None,
-        adapter=AdapterConfig(method=method, lora_r=4, lora_dropout=0.1),
+        adapter=AdapterConfig(
+            method=method, lora_r=4, lora_dropout=0.1, loraplus_lr_ratio=4 if method == "lora" else None
+        ),
         training=training,
         train_tokens=str(folder / "train"),
         validation_tokens=str(folder / "validation"),

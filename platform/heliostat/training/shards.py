@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.checkpoint import ds_to_universal
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,8 +62,24 @@ def save(engine: Any, folder: Path, *, trained_only: bool) -> None:
 
 
 def load(engine: Any, folder: Path, *, trained_only: bool) -> None:
-    """Read what `save` wrote with equally many workers; or, with a universal engine, what `convert` made of it."""
+    """Read what `save` wrote with equally many workers."""
     engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not trained_only)
+
+
+def load_converted(engine: Any, folder: Path, *, trained_only: bool) -> None:
+    """Read what `convert` made, into an engine that was built as universal.
+
+    For ZeRO-3, DeepSpeed 0.19.8 gives all groups the settings of the first, and all parameters one and the same counter
+    of steps, which then counts each step many times. Both are put right here.
+    """
+    optimizer = engine.optimizer.optimizer
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    load(engine, folder, trained_only=trained_only)
+    for group, own, rate in zip(optimizer.param_groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
+        group.update({**own, "lr": rate})
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"]).clone()
 
 
 def convert(source: Path, target: Path) -> None:

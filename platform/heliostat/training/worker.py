@@ -203,7 +203,7 @@ class Worker:
             shutil.rmtree(target.parent, ignore_errors=True)
             shards.convert(source, target)
         dist.barrier()
-        shards.load(self.engine, target, trained_only=self.trained_only)
+        shards.load_converted(self.engine, target, trained_only=self.trained_only)
         dist.barrier()
         if self.session.rank == 0:
             shutil.rmtree(target.parent)

@@ -1,0 +1,118 @@
+"""Workers that come and go with the machines of a Ray cluster: the losses are those of a run that nobody disturbs."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from heliostat import journal
+from heliostat.training import checkpoint
+from tests import tiny
+from tests.slow import command
+
+# Shorter than on a real cluster, where nothing waits for them.
+INTERVALS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+DRAIN_S = 60
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without room for workers."""
+    for name, value in INTERVALS.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Six rows a step, in pairs: 3 workers take one pair each, 2 workers two, of which one may be empty."""
+    tiny.write_model(tmp_path / "model", "llama")
+    rows = [{"prompt": text, "completion": text[::-1][:9]} for text in tiny.TEXTS]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "name": "elastic",
+        "storage_path": str(tmp_path),
+        "model": {"model_name_or_path": str(tmp_path / "model")},
+        "data": {"format": "prompt_completion", "train": str(tmp_path / "train.jsonl"), "max_length": 64},
+        "training": {"num_workers": [2, 3], "per_device_train_batch_size": 2, "max_steps": 100_000, "save_steps": 10,
+                     "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_ratio": 0, "max_failures": 1,
+                     "elastic_resize_monitor_interval_s": 5},
+        "registry": {"register_model": False},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    return tmp_path / "config.yaml"
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return journal.read(run / journal.NAME)[0]
+
+
+def starts(run: Path) -> list[int]:
+    """The steps from which workers went on."""
+    return [row["step"] for row in rows(run) if "progress.start" in row["metrics"]]
+
+
+def went_on(run: Path, number: int) -> bool:
+    """Whether the start of that number has trained a few steps."""
+    since = [index for index, row in enumerate(rows(run)) if "progress.start" in row["metrics"]][number - 1 : number]
+    return bool(since) and sum("loss" in row["metrics"] for row in rows(run)[since[0] :]) > 12
+
+
+def drain(cluster: Cluster, node_id: str) -> None:
+    """As `ray drain-node` does it, and clouds do before they take a machine away."""
+    from ray._raylet import GcsClient
+
+    deadline = int((time.time() + DRAIN_S) * 1000)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = GcsClient(address=cluster.address).drain_node(node_id, reason, "spot", deadline)
+    assert accepted, why
+
+
+def checkpointed_by(run: Path) -> int:
+    """The number of workers that wrote the newest checkpoint."""
+    newest = max(run.glob("checkpoints/attempt-01/step_*"), key=lambda folder: folder.stat().st_mtime)
+    return int(newest.name.rpartition("-w")[2])
+
+
+def test_a_run_shrinks_and_grows_with_the_cluster(config: Path, machines: Cluster) -> None:
+    run = config.parent / "elastic-0001"
+    nodes = [machines.add_node(num_cpus=1) for _ in range(3)]
+    process = command.start("train", str(config))
+    command.wait_for(lambda: went_on(run, 1), process)
+    machines.remove_node(nodes[0], allow_graceful=False)
+    command.wait_for(lambda: went_on(run, 2), process)
+    assert checkpointed_by(run) == 2
+    machines.add_node(num_cpus=1)
+    command.wait_for(lambda: went_on(run, 3), process)
+    assert checkpointed_by(run) == 3
+
+    drain(machines, nodes[1].node_id)
+    command.wait_for(lambda: any("note" in row for row in rows(run)), process)
+    (note,) = [row["note"] for row in rows(run) if "note" in row]
+    match = re.fullmatch(rf"machine {nodes[1].node_id} is about to leave; saving after step (\d+)", note)
+    assert match
+    saved = checkpoint.at(run / "checkpoints", "attempt-01", int(match[1]), 3)
+    command.wait_for(lambda: saved.is_finished, process)
+    machines.remove_node(nodes[1], allow_graceful=False)
+    command.wait_for(lambda: went_on(run, 4), process)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate()
+    assert starts(run)[3] >= int(match[1])
+
+    losses = command.journal(run, "loss")
+    alone = command.run(
+        "train", str(config), f"training.max_steps={max(losses)}", "training.save_steps=1000000",
+        "training.num_workers=0", "training.per_device_train_batch_size=6", f"storage_path={config.parent / 'alone'}",
+    )  # fmt: skip
+    assert losses == pytest.approx(command.journal(Path(alone["run_folder"]), "loss"), rel=1e-5)

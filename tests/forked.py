@@ -17,7 +17,6 @@ import torch.distributed as dist
 from heliostat.training.spec import WorkerSpec
 from heliostat.training.worker import Worker
 
-
 # What to train, how many workers, and the step after whose checkpoint they all end in mid-run (None: the last).
 Job = tuple[WorkerSpec, int] | tuple[WorkerSpec, int, int | None]
 

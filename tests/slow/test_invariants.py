@@ -1,6 +1,11 @@
-"""What must not change the outcome of training: how the global batch is cut, ZeRO, packing, and being stopped."""
+"""What must not change the outcome: the cut of the global batch, ZeRO, packing, being stopped, a disk that is full."""
 
 import dataclasses
+import os
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,3 +159,38 @@ def test_resumed_run_ends_with_the_same_weights(finished: Path, resumed: Path, m
     assert after.keys() == unbroken.keys()
     for name in unbroken:
         assert torch.equal(after[name], unbroken[name]), name
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on_once_there_is_room(
+    finished: Path, folder: Path
+) -> None:
+    """On a small tmpfs, in a mount namespace: two checkpoints fit, and the third does not."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine does not let its users mount a tmpfs")
+    kept = sum(path.stat().st_size for path in (finished / "full-2x4-zero2" / "checkpoints").rglob("*.*"))
+    first, out = spec(folder, "full-disk", 2, 4, "zero2", "full"), folder / "full-disk-out"
+    out.mkdir()
+    (out / "jobs").write_bytes(pickle.dumps([(first, 2)]))
+    train = f"{sys.executable} -m tests.forked {out}/jobs"
+    script = f"""
+        mount -t tmpfs -o size={int(kept * 1.3)} tmpfs {first.run_folder}
+        {train} >{out}/told 2>&1 && exit 1
+        ls {first.checkpoints}/attempt-01 >{out}/left
+        mount -o remount,size={kept * 10} {first.run_folder}
+        {train} >{out}/rest 2>&1 || exit 2
+        cp -r {first.run_folder}/weights {first.run_folder}/metrics.jsonl {out}
+    """
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script],
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    told = (out / "told").read_text()
+    full = (
+        rf"ResourceError: no room to write {first.checkpoints}/attempt-01/step_000006-w2 \(worker \d: .*No space left"
+    )
+    assert len(re.findall(full, told)) == 2, "both workers end, and say why"
+    assert (out / "left").read_text().split() == ["step_000002-w2", "step_000004-w2"]
+    assert list(command.journal(out, "progress.start")) == [0, 4]
+    after, unbroken = weights(folder, "full-disk-out"), weights(finished, "full-2x4-zero2")
+    assert all(torch.equal(after[name], unbroken[name]) for name in unbroken)

@@ -1,6 +1,7 @@
 """A run goes on by its folder or name alone, from the newest whole checkpoint, and ends as if nothing had happened."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from heliostat import cli, state
 from heliostat.errors import ConfigError
 from heliostat.models.files import sha256
-from heliostat.training import resume
+from heliostat.training import resume as resuming
+from heliostat.training.worker import LocalSession
 from tests import tiny
 
 
@@ -69,13 +71,39 @@ def test_a_damaged_folder_is_mended_and_the_run_ends_the_same(
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
+def test_a_quota_that_is_used_up_is_told_and_the_run_goes_on_from_the_checkpoint_before(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def lower_the_limit(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSession, "report", lower_the_limit)
+        try:
+            code, result, _ = run(["train", config, "name=full"], capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    folder = state.runs() / "full-0001"
+    assert code == 2, result
+    assert (
+        f"no room to write {folder}/checkpoints/attempt-01/step_000004-w1 (worker 0: [Errno 27] File too large"
+        in result["error"]
+    )
+    assert "go on with `heliostat resume`" in result["error"]
+    assert [path.name for path in (folder / "checkpoints" / "attempt-01").iterdir()] == ["step_000002-w1"]
+    code, result, _ = run(["resume", "full"], capsys)
+    assert (code, result["run_folder"]) == (0, str(folder))
+
+
 def test_the_last_run_of_a_name_is_meant(tmp_path: Path) -> None:
     for name in ("cron-0001", "cron-0003", "cron-0002"):
         (state.runs() / name).mkdir(parents=True)
         (state.runs() / name / "config.yaml").touch()
-    assert resume.find("cron") == state.runs() / "cron-0003"
-    assert resume.find("cron-0001") == state.runs() / "cron-0001"
-    assert resume.find(str(state.runs() / "cron-0002")) == state.runs() / "cron-0002"
+    assert resuming.find("cron") == state.runs() / "cron-0003"
+    assert resuming.find("cron-0001") == state.runs() / "cron-0001"
+    assert resuming.find(str(state.runs() / "cron-0002")) == state.runs() / "cron-0002"
     for unknown in ("ham", str(tmp_path)):
         with pytest.raises(ConfigError, match=f"`{unknown}` is no run folder"):
-            resume.find(unknown)
+            resuming.find(unknown)

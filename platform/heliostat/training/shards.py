@@ -4,10 +4,9 @@ Universal checkpoints: Lian et al. 2024, https://arxiv.org/abs/2406.18820.
 """
 
 import argparse
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE = 2**20
 
 
 class _Patient:
@@ -28,19 +28,28 @@ class _Patient:
         return getattr(self._writer, name)
 
     def makedirs(self, *arguments: Any, **options: Any) -> None:
-        with self._noting():
-            self._writer.makedirs(*arguments, **options)
-
-    def save(self, *arguments: Any, **options: Any) -> None:
-        with self._noting():
-            self._writer.save(*arguments, **options)
-
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
         try:
-            yield
-        except (OSError, RuntimeError) as error:
+            self._writer.makedirs(*arguments, **options)
+        except OSError as error:
             self.error = self.error or error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            self._writer.save(state_dict, path)
+        except OSError as error:
+            self.error = self.error or error
+        except RuntimeError as error:
+            self.error = self.error or _want_of_room(Path(path).parent) or error
+
+
+def _want_of_room(folder: Path) -> OSError | None:
+    """The error that the file system gives to whoever writes on; torch's writer speaks of positions instead."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as file:
+            file.write(bytes(_PROBE))
+    except OSError as error:
+        return error
+    return None
 
 
 def save(engine: Any, folder: Path, *, trained_only: bool) -> None:
@@ -99,7 +108,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room, or for a limit; torch tells so in words only."""
+    """Whether a write failed for want of room, or for a quota or limit; safetensors tells so in words only."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return True
     return any(os.strerror(number) in str(error) for number in _DISK_FULL)

@@ -1,6 +1,10 @@
-"""A worker or the driver killed with SIGKILL in mid-run: the finished weights are those of an unbroken run."""
+"""Workers and drivers killed with SIGKILL at random moments: the finished weights are those of an unbroken run.
+
+HELIOSTAT_KILLS=5 makes five runs of four killed workers and one killed driver each, instead of one run with one each.
+"""
 
 import os
+import random
 import signal
 import subprocess
 from pathlib import Path
@@ -8,23 +12,28 @@ from typing import Any
 
 import pytest
 
+from heliostat import journal
 from heliostat.models import bundle
 from heliostat.quickstart import schedules
 from tests.slow import command
 
 CONFIG = str(Path(__file__).parents[2] / "jobs" / "examples" / "cron" / "train.yaml")
-KILL_AT = 60
+RUNS = int(os.environ.get("HELIOSTAT_KILLS", "0"))
+KILLS = ["worker"] * (4 if RUNS else 1) + ["driver"]
+# Steps that a start trains before the next kill; most of them are trained again.
+LONGEST_LIFE = 40
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of 200 steps that saves every 20, too short to learn much and long enough to be hit."""
+    """A run of 240 steps that saves every 20, too short to learn much and long enough to be hit."""
     folder = tmp_path_factory.mktemp("kill")
     schedules.write(folder)
     return [
         "train", CONFIG, f"data.train={folder}/train.jsonl", f"data.validation={folder}/validation.jsonl",
-        "model.scratch.config={n_layer: 2, n_embd: 64, n_head: 2}", "training.max_steps=200", "training.save_steps=20",
-        "training.eval_steps=100", "training.logging_steps=1",
+        "model.scratch.config={n_layer: 2, n_embd: 64, n_head: 2}", "training.max_steps=240", "training.save_steps=20",
+        "training.eval_steps=120", "training.logging_steps=1", "training.max_failures=-1",
+        "registry.register_model=false",
     ]  # fmt: skip
 
 
@@ -32,43 +41,52 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def unbroken(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights' hash of the run that nobody disturbs."""
     storage = tmp_path_factory.mktemp("unbroken")
-    return weights_hash(command.run(*arguments, f"storage_path={storage}", "registry.register_model=false"))
+    return weights_hash(command.run(*arguments, f"storage_path={storage}"))
 
 
 def weights_hash(result: dict[str, Any]) -> str:
-    """sha256 of the bundle's weights."""
+    """sha256 of the bundle's weights, which are fp32."""
     return str(bundle.read_manifest(Path(result["bundle"]))["files"]["model.safetensors"])
 
 
-def start_until_step(arguments: list[str], storage: Path, step: int) -> "subprocess.Popen[str]":
-    """Start the run and wait until it has logged `step`."""
-    process = command.start(*arguments, f"storage_path={storage}", "registry.register_model=false")
-    command.wait_for(lambda: command.last_step(storage / "cron-0001") >= step, process)
-    return process
+def starts(run: Path) -> list[int]:
+    """The steps from which workers went on."""
+    return [row["step"] for row in journal.read(run / journal.NAME)[0] if "progress.start" in row["metrics"]]
 
 
-def test_killed_worker(arguments: list[str], unbroken: str, tmp_path: Path) -> None:
-    process = start_until_step(arguments, tmp_path, KILL_AT)
-    workers = command.processes_below(process.pid, "RayTrainWorker")
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGKILL)
-    result = command.finish(process)
-    assert restarts(tmp_path) == 1
-    assert weights_hash(result) == unbroken
+def life(run: Path) -> int:
+    """Steps logged since the last start."""
+    rows, _ = journal.read(run / journal.NAME)
+    last = max((index for index, row in enumerate(rows) if "progress.start" in row["metrics"]), default=len(rows))
+    return sum("loss" in row["metrics"] for row in rows[last:])
 
 
-def test_killed_driver(arguments: list[str], unbroken: str, tmp_path: Path) -> None:
-    process = start_until_step(arguments, tmp_path, KILL_AT)
+def kill(victim: str, process: "subprocess.Popen[str]", chance: random.Random) -> None:
+    """Kill one of the workers, or the driver, with whom all that it started must end."""
+    if victim == "worker":
+        workers = command.processes_below(process.pid, "RayTrainWorker")
+        assert len(workers) == 2
+        chance.choice(workers).send_signal(signal.SIGKILL)
+        return
     below = command.processes_below(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert command.still_alive(below) == []
-    result = command.run(*arguments, f"storage_path={tmp_path}", "registry.register_model=false", "resume=must")
-    assert restarts(tmp_path) == 1
+
+
+@pytest.mark.parametrize("number", range(max(1, RUNS)))
+def test_random_kills_change_nothing(number: int, arguments: list[str], unbroken: str, tmp_path: Path) -> None:
+    chance, run = random.Random(number), tmp_path / "cron-0001"
+    victims = chance.sample(KILLS, len(KILLS))
+    arguments = [*arguments, f"storage_path={tmp_path}"]
+    process = command.start(*arguments)
+    for kills, victim in enumerate(victims, start=1):
+        steps = chance.randint(1, LONGEST_LIFE)
+        command.wait_for(lambda kills=kills, steps=steps: len(starts(run)) >= kills and life(run) >= steps, process)
+        kill(victim, process, chance)
+        if victim == "driver":
+            process = command.start(*arguments, "resume=must")
+    result = command.finish(process)
+    print(f"run {number}: killed {', '.join(victims)}; went on from {starts(run)[1:]}")
+    assert len(starts(run)) == len(victims) + 1
     assert weights_hash(result) == unbroken
-
-
-def restarts(storage: Path) -> int:
-    """How often workers went on from a checkpoint, by the journal."""
-    text = (storage / "cron-0001" / "metrics.jsonl").read_text()
-    return text.count("progress.start") - 1

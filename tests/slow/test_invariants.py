@@ -59,6 +59,7 @@ def spec(
         deepspeed=stage,
         weight_decay=0.1,
         load_best_model_at_end=False,
+        async_save=method == "lora",
     )
     return WorkerSpec(
         run_folder=str(folder / run),

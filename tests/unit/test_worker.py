@@ -114,12 +114,14 @@ def user_file(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "setting", ["gradient_checkpointing", "zero0", "zero1", "zero3", "zero3_offload", "json", "accumulation"]
+    "setting",
+    ["gradient_checkpointing", "zero0", "zero1", "zero3", "zero3_offload", "json", "accumulation", "async_save"],
 )
 def test_how_it_is_computed_does_not_matter(folder: Path, plain: Any, setting: str, tmp_path: Path) -> None:
     method, expected = plain
     special: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": {"gradient_checkpointing": True},
+        "async_save": {"async_save": True},
         "json": {"deepspeed": user_file(tmp_path / "deepspeed.json")},
         "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     }

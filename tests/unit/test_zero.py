@@ -115,6 +115,7 @@ def test_a_file_may_repeat_what_the_yaml_says(file: Path) -> None:
     [
         ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu` is 2, but the YAML's .* says 8"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps` is 4"),
+        ({"checkpoint": {"writer": {}}}, "Heliostat writes checkpoints itself"),
         ({"train_batch_size": 64}, "train_batch_size` is 64, but the YAML's training section says 8"),
         ({"gradient_clipping": 0.1}, "gradient_clipping` is 0.1"),
         ({"bf16": {"enabled": True}}, "bf16` is True, but the YAML's training section says False"),

@@ -3,15 +3,21 @@
 Knows torch's process group, and of checkpoints only whether they are whole. All workers must call each function.
 """
 
-from collections.abc import Callable
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from heliostat.errors import ResourceError
-from heliostat.training import checkpoint, shards
+from heliostat.training import checkpoint
 from heliostat.training.checkpoint import Checkpoint
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def newest_whole(root: Path, tell: Callable[[str], object]) -> Checkpoint | None:
@@ -32,14 +38,21 @@ def newest_whole(root: Path, tell: Callable[[str], object]) -> Checkpoint | None
     return None
 
 
-def fail_alike(error: Exception | None, folder: Path) -> None:
-    """Nothing, if `error` is None everywhere. A worker that failed alone would leave the others waiting for it.
+@contextlib.contextmanager
+def failing_alike(folder: Path) -> Iterator[None]:
+    """What cannot be written inside fails on all workers: one that failed alone would leave the others waiting.
 
     Raises:
         ResourceError: a disk is full, or a quota used up; starting again would not mend it.
         OSError: another error of writing to `folder`.
     """
-    errors = [(rank, found) for rank, found in enumerate(_gather(_told(error))) if found]
+    error = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as caught:
+        error = caught
+    told = None if error is None else (str(error).partition("\n")[0], _is_disk_full(error))
+    errors = [(rank, found) for rank, found in enumerate(_gather(told)) if found]
     if not errors:
         return
     rank, (text, disk_full) = next((each for each in errors if each[1][1]), errors[0])
@@ -51,8 +64,11 @@ def fail_alike(error: Exception | None, folder: Path) -> None:
     raise OSError(f"worker {rank} cannot write {folder}: {text}") from error
 
 
-def _told(error: Exception | None) -> tuple[str, bool] | None:
-    return None if error is None else (str(error).partition("\n")[0], shards.is_disk_full(error))
+def _is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room, or for a quota or limit; safetensors tells so in words only."""
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
+    return any(os.strerror(number) in str(error) for number in _DISK_FULL)
 
 
 def _gather(value: Any) -> list[Any]:

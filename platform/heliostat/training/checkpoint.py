@@ -58,15 +58,17 @@ class Checkpoint:
         return all(self._manifest(rank).exists() for rank in range(self.workers))
 
     def state(self) -> dict[str, Any]:
-        """What `write` was given."""
+        """What rank 0's `finish` was given."""
         state: dict[str, Any] = json.loads((self.folder / _STATE).read_text())
         return state
 
-    def write(self, rank: int, state: dict[str, Any], write_shards: Callable[[Path], object]) -> None:
-        """Write this worker's part: what `write_shards` puts into the folder that it is given; rank 0 also `state`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def begin(self, rank: int) -> None:
+        """Make room for this worker's part; what it wrote there before no longer counts."""
+        self.shards.mkdir(parents=True, exist_ok=True)
         self._manifest(rank).unlink(missing_ok=True)
-        write_shards(self.shards)
+
+    def finish(self, rank: int, state: dict[str, Any]) -> None:
+        """This worker's shards are written; rank 0 adds `state`."""
         if rank == 0:
             (self.folder / _STATE).write_text(json.dumps(state))
         self._write_manifest(rank)

@@ -79,6 +79,8 @@ class TrainingConfig(StrictModel):
     """Steps between checkpoints; default: as eval_steps."""
     save_total_limit: int = Field(2, ge=2)
     """Checkpoints kept on disk: should the newest be damaged, the one before it is used."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy of this worker's shards in CPU memory."""
     load_best_model_at_end: bool = True
     """The final model is the best one by metric_for_best_model; False: the last one."""
     metric_for_best_model: Literal["eval_loss"] | MetricName = "eval_loss"

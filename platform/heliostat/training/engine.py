@@ -91,7 +91,7 @@ def build(
         config["gradient_clipping"] = 0.0
     config["gradient_accumulation_steps"] = accumulation_steps or training.gradient_accumulation_steps
     if universal:
-        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+        config["checkpoint"] = {"load_universal": True}
     built, *_ = deepspeed.initialize(
         model=model,
         model_parameters=trained,

@@ -1,77 +1,87 @@
-"""DeepSpeed's part of a checkpoint: write, read, and cut anew for another number of workers. Knows no folder layout.
+"""DeepSpeed's part of a checkpoint: write, read, and cut anew for another number of workers. Knows no manifests.
 
 Universal checkpoints: Lian et al. 2024, https://arxiv.org/abs/2406.18820.
 """
 
 import argparse
-import errno
-import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# File name -> what torch.save puts there.
+Files = dict[str, Any]
 _PROBE = 2**20
 
 
-class _Patient:
-    """DeepSpeed's writer of files; an error waits until all workers are through, as they wait for each other."""
+class _Collector(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+    """Takes what DeepSpeed wants to write. A write that failed there would leave the other workers waiting."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-        self.error: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def makedirs(self, *arguments: Any, **options: Any) -> None:
-        try:
-            self._writer.makedirs(*arguments, **options)
-        except OSError as error:
-            self.error = self.error or error
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: Files = {}
 
     def save(self, state_dict: Any, path: str) -> None:
-        try:
-            self._writer.save(state_dict, path)
-        except OSError as error:
-            self.error = self.error or error
-        except RuntimeError as error:
-            self.error = self.error or _want_of_room(Path(path).parent) or error
+        self.files[Path(path).name] = state_dict
 
 
-def _want_of_room(folder: Path) -> OSError | None:
-    """The error that the file system gives to whoever writes on; torch's writer speaks of positions instead."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as file:
-            file.write(bytes(_PROBE))
-    except OSError as error:
-        return error
-    return None
+def collect(engine: Any, folder: Path, *, trained_only: bool, copy: bool) -> Files:
+    """What this worker must write to `folder`. All workers must call it; `trained_only` leaves out frozen weights.
 
-
-def save(engine: Any, folder: Path, *, trained_only: bool) -> None:
-    """Write this worker's shards to `folder`. All workers must call it; `trained_only` leaves out frozen weights.
-
-    Raises:
-        OSError, RuntimeError: a file could not be written; the other workers come to their end nevertheless.
+    With `copy`, the tensors are copies on the CPU, and training may go on before they are written.
     """
-    plain, patient = engine.checkpoint_engine, _Patient(engine.checkpoint_engine)
-    engine.checkpoint_engine = patient
+    plain, collector = engine.checkpoint_engine, _Collector()
+    engine.checkpoint_engine = collector
     try:
         engine.save_checkpoint(
             str(folder.parent), tag=folder.name, exclude_frozen_parameters=trained_only, save_latest=False
         )
     finally:
         engine.checkpoint_engine = plain
-    if patient.error:
-        raise patient.error
+    return _copied(collector.files, {}) if copy else collector.files
+
+
+def _copied(value: Any, known: dict[Any, torch.Tensor]) -> Any:
+    """The same with other tensors; what is one tensor in several places (tied weights) stays one."""
+    if isinstance(value, torch.Tensor):
+        same = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if same not in known:
+            known[same] = value.detach().to("cpu", copy=True)
+        return known[same]
+    if isinstance(value, Mapping):
+        return {key: _copied(each, known) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, known) for each in value)
+    return value
+
+
+def write(files: Files, folder: Path) -> None:
+    """Write what `collect` gave.
+
+    Raises:
+        OSError, RuntimeError: a file cannot be written.
+    """
+    for name, content in files.items():
+        try:
+            torch.save(content, folder / name)
+        except RuntimeError as error:
+            # torch speaks of positions in the file, where the file system has a reason.
+            _probe(folder)
+            raise error
+
+
+def _probe(folder: Path) -> None:
+    """Write a little, for the file system's own error."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as file:
+        file.write(bytes(_PROBE))
 
 
 def load(engine: Any, folder: Path, *, trained_only: bool) -> None:
-    """Read what `save` wrote with equally many workers."""
+    """Read what was written by equally many workers."""
     engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not trained_only)
 
 
@@ -105,10 +115,3 @@ def convert(source: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     ds_to_universal.main(arguments)
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room, or for a quota or limit; safetensors tells so in words only."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return True
-    return any(os.strerror(number) in str(error) for number in _DISK_FULL)

@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from heliostat import journal
 from heliostat.data.packing import PackedDataset, collate, unlearned
 from heliostat.data.tokens import TokenDataset
 from heliostat.models import adapters, base, freezing
-from heliostat.training import agreement, checkpoint, engine, order, shards, zero
+from heliostat.training import agreement, engine, order, shards, zero
 from heliostat.training.objectives import causal_lm_loss, learned_positions
+from heliostat.training.saving import Saver
 from heliostat.training.spec import WorkerSpec
 
 
@@ -109,6 +109,14 @@ class Worker:
         self.progress = self._restore()
         self.log = MetricsLog(self.journal, session)
         self.saved_for: frozenset[str] = frozenset()
+        self.saver = Saver(
+            spec.checkpoints,
+            spec.attempt,
+            session,
+            keep=self.training.save_total_limit,
+            trained_only=self.trained_only,
+            background=self.training.async_save,
+        )
 
     def run(self) -> Progress:
         """Train to the end, from the newest checkpoint if there is one, and export the weights."""
@@ -119,12 +127,14 @@ class Worker:
             self._step()
             stop, leave = self._asked() if self.progress.step % self.training.logging_steps == 0 else (False, False)
             if stop:
+                self.saver.settle()
                 return self.progress
             at_end = self.progress.step == self.spec.total_steps
             if self.validation_rows is not None and (at_end or self.progress.step % self.spec.eval_steps == 0):
                 self._evaluate()
             if at_end or leave or self.progress.stopped_early or self.progress.step % self.spec.save_steps == 0:
-                self._save()
+                self._save(at_once=leave)
+        self.saver.settle()
         if not self._exported_best():
             self._export(self.spec.weights)
         return self.progress
@@ -132,10 +142,16 @@ class Worker:
     def _asked(self) -> tuple[bool, bool]:
         """Whether to end the training, and whether to save before a machine leaves; the same for all workers."""
         first = self.session.rank == 0
-        asked = torch.tensor([first and self.spec.stop_file.exists(), first and self.session.asks_for_notices()])
-        asked = asked.to(self.session.device, torch.int32)
+        wishes = [
+            first and self.spec.stop_file.exists(),
+            first and self.session.asks_for_notices(),
+            self.saver.has_failed,
+        ]
+        asked = torch.tensor(wishes, dtype=torch.int32, device=self.session.device)
         dist.all_reduce(asked)
-        stop, look = asked.bool().tolist()
+        stop, look, failed = asked.bool().tolist()
+        if failed:
+            self.saver.settle()
         return stop, bool(look) and self._must_save()
 
     def _must_save(self) -> bool:
@@ -282,37 +298,16 @@ class Worker:
         for indices in order.evaluation_batches(len(rows), self.session.rank, self.session.world_size, size):
             yield self._batch(rows, indices, flatten=False)
 
-    def _save(self) -> None:
-        session, step = self.session, self.progress.step
-        new = checkpoint.at(self.spec.checkpoints, self.spec.attempt, step, session.world_size)
-        error = None
-        try:
-            new.write(
-                session.rank,
-                vars(self.progress),
-                lambda folder: shards.save(self.engine, folder, trained_only=self.trained_only),
-            )
-        except (OSError, RuntimeError) as caught:
-            error = caught
-        try:
-            agreement.fail_alike(error, new.folder)
-        except Exception:
-            shutil.rmtree(new.folder, ignore_errors=True)
-            raise
-        if session.rank == 0:
-            checkpoint.prune(self.spec.checkpoints, self.training.save_total_limit)
-        session.report(new.folder, {"step": step, "best_validation_loss": self.progress.best_loss})
+    def _save(self, *, at_once: bool) -> None:
+        metrics = {"step": self.progress.step, "best_validation_loss": self.progress.best_loss}
+        self.saver.save(self.engine, vars(self.progress), metrics, at_once=at_once)
 
     def _exported_best(self) -> bool:
         return self.training.load_best_model_at_end and self.progress.best_step > 0
 
     def _export(self, folder: Path) -> None:
-        error = None
-        try:
+        with agreement.failing_alike(folder):
             engine.export(self.engine, folder, trained_only=self.trained_only, rank=self.session.rank)
-        except (OSError, SafetensorError) as caught:
-            error = caught
-        agreement.fail_alike(error, folder)
 
 
 class MetricsLog:

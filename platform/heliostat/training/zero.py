@@ -81,6 +81,8 @@ def _user_file(training: TrainingConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"{training.deepspeed}: `{key}` is {theirs}, but the YAML's training section says {ours}; drop it"
             )
+    if "checkpoint" in config:
+        raise ConfigError(f"{training.deepspeed}: `checkpoint`: Heliostat writes checkpoints itself; drop it")
     _check_optimizer(training, config.pop("optimizer", {}))
     if any(value != "auto" for value in config.pop("scheduler", {}).get("params", {}).values()):
         raise ConfigError(

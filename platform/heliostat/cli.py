@@ -158,9 +158,7 @@ def _train(options: argparse.Namespace) -> Result:
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in the state folder")
-    parser.add_argument(
-        "--repair", action="store_true", help="check every checkpoint first, and set aside those that are not whole"
-    )
+    parser.add_argument("--repair", action="store_true", help="set aside checkpoints that are not whole first")
 
 
 def _resume(options: argparse.Namespace) -> Result:
@@ -217,13 +215,10 @@ def _evaluate(options: argparse.Namespace) -> Result:
     config = _load(options)
     from heliostat.registry import scoring
 
-    given = [key.partition("=")[0].removeprefix("generation.") for key in options.overrides if _is_decoding(key)]
-    decoding = config.generation.model_dump(include=set(given))
+    keys = [override.partition("=")[0] for override in options.overrides]
+    given = {key.removeprefix("generation.") for key in keys if key.startswith("generation.")}
+    decoding = config.generation.model_dump(include=given)
     return scoring.score(config, options.model, _console(), options.predictions, decoding)
-
-
-def _is_decoding(override: str) -> bool:
-    return override.startswith("generation.")
 
 
 def _show_evaluate(result: Result) -> str:
@@ -481,9 +476,7 @@ COMMANDS: dict[str, Command] = {
         _show_tune_decoding,
     ),
     "evaluate": Command("score a model on the test split", _evaluate_arguments, _evaluate, _show_evaluate),
-    "promote": Command(
-        "make a version the champion, if it passes the gates", _promote_arguments, _promote, _show_promote
-    ),
+    "promote": Command("make a version champion, if it passes the gates", _promote_arguments, _promote, _show_promote),
     "rollback": Command("make the champion before the champion again", _rollback_arguments, _rollback, _show_promote),
     "serve": Command("serve a model behind an OpenAI-compatible endpoint", _target_arguments, _serve, _show_serve),
     "keys": Command("make, revoke and list the API keys of an endpoint", _keys_arguments, _keys, _show_keys),

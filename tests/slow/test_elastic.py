@@ -15,7 +15,7 @@ from ray.core.generated import autoscaler_pb2
 
 from heliostat import journal
 from heliostat.training import checkpoint
-from tests import tiny
+from tests import ports, tiny
 from tests.slow import command
 
 # Shorter than on a real cluster, where nothing waits for them.
@@ -28,7 +28,10 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without room for workers."""
     for name, value in INTERVALS.items():
         monkeypatch.setenv(name, value)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": ports.free_port()},
+    )
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
     cluster.shutdown()

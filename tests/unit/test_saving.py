@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import checkpoints as benchmark
 from heliostat.errors import ResourceError
 from heliostat.training import checkpoint, shards
 from heliostat.training.saving import Saver
@@ -119,3 +120,12 @@ def test_a_write_that_failed_is_told_and_nothing_is_left_of_it(
     assert [found.step for found in checkpoint.newest_first(tmp_path)] == [1]
     made.settle()
     assert session.reported == ["step_000001-w1"]
+
+
+def test_the_benchmark_measures_both_ways() -> None:
+    found = benchmark.measure(width=64, layers=1, saves=2, steps=1)
+    assert found.keys() == {
+        "parameters", "step_s", "gib", "sync_wait_s", "sync_total_s", "async_wait_s", "async_total_s",
+    }  # fmt: skip
+    assert found["gib"] * 2**30 > found["parameters"] * 12, "weights and two moments in fp32"
+    assert found["async_wait_s"] <= found["async_total_s"]

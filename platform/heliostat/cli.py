@@ -12,34 +12,21 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from heliostat import __version__
+from heliostat.command import Command, Result, parser_of
+from heliostat.command import console as _console
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.jobs import commands as job_commands
+from heliostat.registry import server_command
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.console import Console
-
     from heliostat.experiment import ExperimentConfig
-
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A verb: what it does, its arguments, and the function that does it.
-
-    The function returns its result, or shows it by `options.emit` before it ends, as a server does once it is up.
-    """
-
-    help: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], Result | None]
-    show: Callable[[Result], str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in COMMANDS:
         return _usage(arguments, verb)
     arguments.remove(verb)
-    parser = _parser(verb)
-    options = parser.parse_intermixed_args(arguments)
-    return _run(COMMANDS[verb], options)
+    command, parser = COMMANDS[verb], parser_of(verb, COMMANDS[verb])
+    if command.passes_on:
+        options, rest = parser.parse_known_args(arguments)
+        options.rest = rest
+    else:
+        options = parser.parse_intermixed_args(arguments)
+    return _run(command, options)
 
 
 def _usage(arguments: list[str], verb: str | None) -> int:
@@ -67,17 +58,6 @@ def _usage(arguments: list[str], verb: str | None) -> int:
     if verb is not None:
         print(f"\nerror: there is no command `{verb}`", file=sys.stderr)
     return 0 if verb is None else 2
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    command = COMMANDS[verb]
-    parser = argparse.ArgumentParser(prog=f"heliostat {verb}", description=command.help)
-    command.arguments(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object, the last line of stdout"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def _run(command: Command, options: argparse.Namespace) -> int:
@@ -107,7 +87,8 @@ def _run(command: Command, options: argparse.Namespace) -> int:
             message += " (--debug shows the traceback)"
         print(f"error: {message}", file=sys.stderr)
         if options.json:
-            _print(json.dumps({"error": message, "exit_code": code}), stdout)
+            facts = error.facts if isinstance(error, HeliostatError) else {}
+            _print(json.dumps({"error": message, "exit_code": code, **facts}), stdout)
         return code
 
 
@@ -117,12 +98,6 @@ def _print(text: str, stream: TextIO, end: str = "\n") -> None:
         print(text, end=end, file=stream, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True)
 
 
 def _load(options: argparse.Namespace) -> "ExperimentConfig":
@@ -488,6 +463,7 @@ COMMANDS: dict[str, Command] = {
         "print the JSON schema of the YAML file", _nothing, _schema, lambda schema: json.dumps(schema, indent=2)
     ),
 }
+COMMANDS |= {**job_commands.table(COMMANDS), "mlflow": server_command.COMMAND}
 
 
 def entry() -> None:

@@ -84,6 +84,11 @@ def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
     return {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "resources": others}
 
 
+def package_to_ship() -> Path | None:
+    """The library's folder, if jobs elsewhere must bring it along; None if it is an installed wheel, there as here."""
+    return None if _installed(editable_counts=False) else _PACKAGE
+
+
 def _runtime_env(*, private: bool) -> dict[str, Any]:
     """Workers elsewhere get the checkout with the job, unless Heliostat is an installed wheel there as here.
 

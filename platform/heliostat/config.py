@@ -6,6 +6,7 @@ The sections of the configuration live beside the code they configure; `heliosta
 import difflib
 import hashlib
 import json
+import re
 import sys
 import types
 import typing
@@ -29,6 +30,11 @@ class StrictModel(BaseModel):
 
 M = TypeVar("M", bound=BaseModel)
 
+# scheme://user:password@host, or ?...secret=... as pyarrow takes; a whole value, so that a prompt may quote one.
+_CREDENTIALS = re.compile(
+    r"[a-z][a-z0-9+.-]*://([^/\s:@]*:[^/\s@]+@\S*|\S*[?&]\w*(password|secret|token|access_key)\w*=\S+)", re.IGNORECASE
+)
+
 
 def load(
     model: type[M],
@@ -43,7 +49,7 @@ def load(
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or a key or value is wrong. Lists every wrong key with its
-            place and, for an unknown key, the nearest valid one.
+            place and, for an unknown key, the nearest valid one. Or a value is a URI with a password in it.
     """
     values, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
@@ -52,6 +58,7 @@ def load(
         set_key(values, key, value, override)
         origins[key] = f"override {override.split('=', 1)[0]}"
     values, origins = _rename_synonyms(model, values, origins, synonyms, notice)
+    _refuse_credentials(values, origins, str(path or "command line"))
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -156,6 +163,21 @@ def set_key(values: dict[str, Any], key: str, value: Any, override: str) -> None
             )
         values = child
     values[leaf] = value
+
+
+def _refuse_credentials(values: Any, origins: Mapping[str, str], source: str, key: str = "") -> None:
+    """Configurations are kept in run folders, in MLflow and in logs of jobs, where no password belongs."""
+    if isinstance(values, str) and _CREDENTIALS.fullmatch(values):
+        raise ConfigError(
+            f"{_origin(key, origins, source)}: `{key}` holds a password or key, and configurations are kept in run "
+            "folders and MLflow; leave it out of the URI, and give it by the environment or a credentials file"
+        )
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            _refuse_credentials(value, origins, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_credentials(value, origins, source, key)
 
 
 def _rename_synonyms(

@@ -8,14 +8,21 @@ HeliostatError            exit code 1: the work failed
 │   ├── RegistryError     a registered model, version or alias that does not exist
 │   └── ResourceError     workers, GPUs, ports or disk that are not there
 ├── GateRefused           exit code 3: a promotion gate said no
-└── TrainingError         exit code 1: a worker or the driver failed while training
+├── TrainingError         exit code 1: a worker or the driver failed while training
+└── JobFailed             a job on a cluster failed, with the exit code of its command
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 
 class HeliostatError(Exception):
     """The base of all errors raised on purpose; its message is fit to be shown to the user."""
 
     exit_code = 1
+    facts: Mapping[str, Any] = MappingProxyType({})
+    """What `--json` tells beside the message."""
 
 
 class UserError(HeliostatError):
@@ -52,3 +59,13 @@ class GateRefused(HeliostatError):
 
 class TrainingError(HeliostatError):
     """Training failed for a reason other than the user's input."""
+
+
+class JobFailed(HeliostatError):
+    """A job on a cluster failed or was stopped."""
+
+    def __init__(self, message: str, exit_code: int, facts: Mapping[str, Any]) -> None:
+        """`exit_code` is that of the job's command; `facts` are those of the job."""
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.facts = facts

@@ -3,10 +3,17 @@
 import os
 from pathlib import Path
 
+# Ray sets it for the command of a submitted job.
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 
 def folder() -> Path:
-    """`$HELIOSTAT_HOME`, or `.heliostat` in the current directory; absolute, not created here."""
-    return Path(os.environ.get("HELIOSTAT_HOME", ".heliostat")).absolute()
+    """`$HELIOSTAT_HOME`, or `.heliostat` in the current directory; absolute, not created here.
+
+    The current directory of a submitted Ray job is deleted after it: there it is `.heliostat` in the home directory.
+    """
+    default = Path.home() if _RAY_JOB in os.environ else Path()
+    return Path(os.environ.get("HELIOSTAT_HOME") or default / ".heliostat").absolute()
 
 
 def runs() -> Path:

@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from heliostat import __version__, cli
-from heliostat.cli import Command
+from heliostat.command import Command
 from heliostat.models import base
 from heliostat.registry import store, versions
 from tests import tiny

@@ -1,5 +1,6 @@
 """A wrong key or value is told with its place and what to do; what is read can be written and read again."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -292,3 +293,19 @@ def test_a_loaded_configuration_cannot_be_changed(file: Path) -> None:
 )
 def test_nearest_key(key: str, expected: str | None) -> None:
     assert config.nearest(key, list(config.dotted_keys(Whole))) == expected
+
+
+@pytest.mark.parametrize(
+    "value", ["https://me:hunter2@host/rows", "s3://KEY:SECRET@bucket/x", "s3://bucket/x?secret_key=hunter2"]
+)
+def test_a_uri_with_a_password_is_refused_and_not_repeated(file: Path, value: str) -> None:
+    for text, overrides in ((f"name: {value}", []), ("name: a", [f"name={value}"])):
+        told = problem(file, text, *overrides)
+        assert "`name` holds a password or key" in told
+        assert "hunter2" not in told
+        assert "SECRET" not in told
+
+
+@pytest.mark.parametrize("value", ["hdfs://me@host/rows", "read http://a:b@c first", "http://host:80/x@y", "a:b@c"])
+def test_other_texts_with_these_signs_are_no_passwords(file: Path, value: str) -> None:
+    assert load(file, "name: a", f"name={json.dumps(value)}").name == value

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from heliostat.training import progress
 from heliostat.training.progress import ProgressBar
 
 
@@ -94,3 +95,13 @@ def test_an_error_inside_ends_the_thread(journal: Path) -> None:
     with pytest.raises(KeyboardInterrupt), bar:
         raise KeyboardInterrupt
     assert not bar._thread.is_alive()
+
+
+def test_who_follows_from_elsewhere_may_ask_for_more_lines_and_read_them(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(progress.LINES, "50")
+    output = shown(journal, 100, "".join(line(step, loss=1 / step) for step in range(1, 101)))
+    found = [progress.parse(text) for text in output.splitlines()]
+    assert found == [(step, 100, f"loss {1 / step:.4f}") for step in range(2, 101, 2)]
+    assert progress.parse("stepping on 3/4") is None

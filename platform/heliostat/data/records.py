@@ -70,6 +70,15 @@ def file_manifest(sources: str | Sequence[str]) -> list[dict[str, Any]]:
     return [entry for source in _as_list(sources) for entry in _manifest_entries(source)]
 
 
+def local_files(source: str) -> list[Path]:
+    """The files that one source stands for; a hub data set has none.
+
+    Raises:
+        DataError: as `expand`.
+    """
+    return [] if source.startswith(HUB_PREFIX) else expand(source)
+
+
 def expand(source: str) -> list[Path]:
     """The files that one path or glob stands for, sorted.
 
@@ -96,7 +105,7 @@ def _manifest_entries(source: str) -> Iterator[dict[str, Any]]:
     if source.startswith(HUB_PREFIX):
         yield {"path": source, "sha256": None, "bytes": None}
         return
-    for path in expand(source):
+    for path in local_files(source):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         yield {"path": str(path), "sha256": digest, "bytes": path.stat().st_size}

@@ -1,9 +1,9 @@
 """Where an endpoint listens: which hosts are safe without keys, and how its own TLS certificate is trusted."""
 
-import ipaddress
 import ssl
 import sys
 
+from heliostat import hosts
 from heliostat.errors import ResourceError
 
 
@@ -13,7 +13,7 @@ def check_bind(host: str, api_keys: str | None, insecure: bool) -> None:
     Raises:
         ResourceError: the host is not this machine itself, and there are neither keys nor `insecure`.
     """
-    if api_keys is not None or _is_loopback(host):
+    if api_keys is not None or hosts.is_loopback(host):
         return
     if not insecure:
         raise ResourceError(
@@ -34,12 +34,3 @@ def trusting(certificate: str) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -5,7 +5,6 @@ Ray must be connected already (`heliostat.cluster.connect`).
 
 import contextlib
 import io
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +13,7 @@ from typing import Any
 
 from ray import serve
 
-from heliostat import cluster
+from heliostat import cluster, hosts
 from heliostat.errors import HeliostatError, ResourceError
 from heliostat.registry import store
 from heliostat.serving import applications, bind, edge, rollout, vllm
@@ -54,7 +53,7 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
         HeliostatError: the endpoint did not start for another reason. Nothing is left running.
     """
     bind.check_bind(config.host, config.api_keys, config.insecure)
-    _check_port(config.host, config.port)
+    hosts.check_port(config.host, config.port, "serving.port=")
     cluster.require({"CPU": config.num_cpus, "GPU": config.num_gpus}, _replicas(config), "serving.num_replicas")
     values = {key: value for key, value in config.model_dump().items() if key in EndpointArgs.model_fields}
     args = EndpointArgs(**(values | {"model": reference, "model_id": model_id or config.model_id}))
@@ -97,18 +96,6 @@ def _wait_until_healthy(url: str, certificate: str | None) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_S)
     raise HeliostatError(f"{url} did not answer within {ROUTE_TIMEOUT_S:g} s of the model being loaded")
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError(
-                f"port {port} on {host} cannot be used ({error.strerror}); choose another with serving.port="
-            ) from error
 
 
 def _bracketed(host: str) -> str:

@@ -133,7 +133,9 @@ def _tracked(config: ExperimentConfig, job: _Job, tags: Mapping[str, str]) -> It
         try:
             yield tracker
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", patience=5)
+            # Ray's drivers make a SystemExit of a SIGTERM, such as a stopped job gets.
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            tracker.finish("KILLED" if stopped else "FAILED", patience=5)
             raise
 
 

@@ -1,0 +1,10 @@
+"""`heliostat tune-training` as a job: `ray job submit --working-dir . -- python jobs/tune_training.py CONFIG`."""
+
+import sys
+
+# The checkout's library, if it is there, in the place of this folder, whose files would hide modules of their names.
+sys.path[0] = sys.path[0].removesuffix("jobs") + "platform"
+
+from heliostat.cli import main  # noqa: E402
+
+sys.exit(main(["tune-training", *sys.argv[1:]]))

@@ -1,0 +1,113 @@
+"""The job server of a Ray cluster: its address, its errors in words, its jobs. Knows nothing of what the jobs do."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from heliostat.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+# Of Ray's; each wins over what a client is told.
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_OLDEST_RAY = (2, 60)
+# Metadata of the jobs that are ours.
+VERB, NAME = "heliostat_command", "heliostat_config"
+
+
+class Cluster:
+    """A connected client."""
+
+    def __init__(self, address: str | None) -> None:
+        """Connect to `address` (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine).
+
+        Raises:
+            ResourceError: nothing answers there, it is no Ray, too old a Ray, or wants another token.
+        """
+        self.address = address or next(filter(None, map(os.environ.get, _ADDRESSES)), DEFAULT_ADDRESS)
+        if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it then
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with self.errors(), _without(*_ADDRESSES):
+            self.client = JobSubmissionClient(self.address)
+            self._check_version()
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what goes wrong on the way to the job server into an error that says where, and what to do."""
+        from aiohttp import ClientError
+        from ray.exceptions import AuthenticationError
+        from requests.exceptions import RequestException
+
+        try:
+            yield
+        except AuthenticationError as error:
+            missing = "required" in str(error).split(":")[0]
+            problem = "wants a token" if missing else "does not take the token that is set here"
+            raise ResourceError(
+                f"the Ray cluster at {self.address} {problem}; set RAY_AUTH_MODE=token and the cluster's token as "
+                "RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token)"
+            ) from error
+        except ConnectionError as error:
+            raise ResourceError(
+                f"no Ray cluster answers at {self.address}; start one (`ray start --head`), or give the address of "
+                "its dashboard with --address or RAY_ADDRESS"
+            ) from error
+        except (RequestException, ClientError, json.JSONDecodeError, KeyError) as error:
+            raise ResourceError(
+                f"what answers at {self.address} is not the dashboard of a Ray cluster "
+                f"({type(error).__name__}); its port is 8265 unless it was set"
+            ) from error
+
+    def job(self, job: str) -> "JobDetails":
+        """What the cluster knows of a job.
+
+        Raises:
+            ConfigError: there is no such job.
+        """
+        with self.errors():
+            try:
+                return self.client.get_job_info(job)
+            except RuntimeError as error:
+                if "404" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"there is no job `{job}` at {self.address}; `heliostat status` lists the jobs there"
+                ) from None
+
+    def jobs(self) -> "list[JobDetails]":
+        """Our jobs, the latest first."""
+        with self.errors():
+            ours = [job for job in self.client.list_jobs() if VERB in (job.metadata or {})]
+        return sorted(ours, key=lambda job: job.start_time or 0, reverse=True)
+
+    def logs(self, job: str) -> str:
+        """All that the job has written so far; empty before it starts."""
+        with self.errors():
+            return self.client.get_job_logs(job) or ""
+
+    def _check_version(self) -> None:
+        version: Any = self.client._server_ray_version  # read by the client when it connected
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
+            raise ResourceError(
+                f"the cluster at {self.address} runs Ray {version}; Heliostat needs "
+                f"{'.'.join(map(str, _OLDEST_RAY))} or newer there"
+            )
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Without these environment variables."""
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)

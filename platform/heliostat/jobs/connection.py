@@ -30,7 +30,7 @@ class Cluster:
             ResourceError: nothing answers there, it is no Ray, too old a Ray, or wants another token.
         """
         self.address = address or next(filter(None, map(os.environ.get, _ADDRESSES)), DEFAULT_ADDRESS)
-        if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it then
         from ray.job_submission import JobSubmissionClient
 

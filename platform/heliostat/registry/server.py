@@ -44,6 +44,8 @@ class ServerSettings:
     """Folder or URI where the server keeps artifacts; default: in the state folder."""
     host: str = "127.0.0.1"
     port: int = 5000
+    workers: int = 1
+    """Processes that answer. MLflow restarts one that is silent for 5 s, as one of many is on a busy small machine."""
     auth: bool = False
     """Users and passwords: MLflow's `basic-auth`."""
     insecure: bool = False
@@ -115,6 +117,7 @@ def running(settings: ServerSettings) -> Iterator[Server]:
 def _command(settings: ServerSettings) -> list[str]:
     destination = settings.artifacts_destination or str(state.mlflow_artifacts())
     command = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.port)]
+    command += ["--workers", str(settings.workers)]
     command += ["--artifacts-destination", destination, *(["--app-name", "basic-auth"] if settings.auth else [])]
     return [*command, *settings.options]
 

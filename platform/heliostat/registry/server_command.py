@@ -10,7 +10,7 @@ from heliostat.errors import HeliostatError
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "heliostat mlflow [options] [options of `mlflow server`, such as --workers 2]"
+    parser.usage = "heliostat mlflow [options] [options of `mlflow server`, such as --allowed-hosts NAMES]"
     parser.add_argument(
         "--backend-store-uri",
         metavar="URI",
@@ -24,6 +24,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=1, help="processes that answer (default: %(default)s)")
     parser.add_argument("--auth", action="store_true", help="users and passwords (MLflow's basic-auth)")
     parser.add_argument("--insecure", action="store_true", help="listen on any host without --auth")
 
@@ -36,6 +37,7 @@ def _run(options: argparse.Namespace) -> None:
         options.artifacts_destination,
         options.host,
         options.port,
+        options.workers,
         options.auth,
         options.insecure,
         options.rest,

@@ -26,7 +26,7 @@ class RayCluster:
     """
 
     def __init__(self, environment: dict[str, str], num_cpus: int = 2) -> None:
-        """`environment` is that of all nodes, beside this process's own."""
+        """`environment` is that of all nodes, beside this process's own without PYTHONPATH."""
         self.folder = Path(tempfile.mkdtemp(prefix="heliostat-ray-"))
         self.token = secrets.token_hex(32)
         token_file = self.folder / "token"
@@ -35,7 +35,8 @@ class RayCluster:
         self.port, self.dashboard = free_port(), free_port()
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
-        self._environment = {**os.environ, "PATH": path, **auth, **environment}
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._environment = {**own, "PATH": path, **auth, **environment}
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", cpus=num_cpus)
 
@@ -51,7 +52,11 @@ class RayCluster:
         command = [_RAY, "start", *arguments, "--block", f"--num-cpus={cpus}", "--disable-usage-stats"]
         command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
         if "--head" in arguments:
-            command += [f"--temp-dir={self.folder}/ray", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0"]
+            command += [
+                f"--temp-dir={self.folder}/ray",
+                "--dashboard-host=127.0.0.1",
+                f"--ray-client-server-port={free_port()}",
+            ]
         with (node / "log").open("wb") as log:
             process = subprocess.Popen(
                 [str(part) for part in command], cwd=node, env=self._environment, stdout=log, stderr=log,

@@ -77,9 +77,10 @@ def _submit(commands: Mapping[str, Command], options: argparse.Namespace) -> Res
     }
     bar = terminal.is_terminal and not options.no_wait
     request = submit.Request(options.rest, options.env, options.mounted, resources, bar)
-    prepared = submit.prepare(request, commands, lambda text: terminal.print(text, markup=False, highlight=False))
+    notice = functools.partial(terminal.print, markup=False, highlight=False)
+    prepared = submit.prepare(request, commands, notice)
     cluster = _connect(options)
-    job = submit.send(cluster, prepared)
+    job = submit.send(cluster, prepared, notice)
     if options.no_wait:
         return follow.facts(cluster, job)
     terminal.print(f"job {job}", highlight=False)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heliostat.errors import ConfigError, ResourceError
 
@@ -38,6 +38,7 @@ class Cluster:
             logging.getLogger(name).setLevel(logging.WARNING)
         with self.errors(), _without(*_ADDRESSES):
             self.client = JobSubmissionClient(self.address)
+            self.version: str = self.client._server_ray_version  # read by the client when it connected
             self._check_version()
 
     @contextlib.contextmanager
@@ -95,10 +96,9 @@ class Cluster:
             return self.client.get_job_logs(job) or ""
 
     def _check_version(self) -> None:
-        version: Any = self.client._server_ray_version  # read by the client when it connected
-        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_RAY:
+        if tuple(int(part) for part in self.version.split(".")[:2]) < _OLDEST_RAY:
             raise ResourceError(
-                f"the cluster at {self.address} runs Ray {version}; Heliostat needs "
+                f"the cluster at {self.address} runs Ray {self.version}; Heliostat needs "
                 f"{'.'.join(map(str, _OLDEST_RAY))} or newer there"
             )
 

@@ -1,6 +1,7 @@
 """Make a Ray job of a command, and hand it to the cluster. Knows nothing of following it."""
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -77,12 +78,14 @@ def prepare(request: Request, commands: Mapping[str, Command], notice: Notice) -
     return Job(verb, name, entrypoint, environment, upload, request.resources)
 
 
-def send(to: Cluster, job: Job) -> str:
+def send(to: Cluster, job: Job, notice: Notice) -> str:
     """Start the job; returns its id.
 
     Raises:
         ResourceError: the cluster went away.
     """
+    if to.version != (here := importlib.metadata.version("ray")):
+        notice(f"the cluster runs Ray {to.version}, and this machine has {here}")
     # Ray leaves out what a .gitignore names; there is none in this folder.
     with tempfile.TemporaryDirectory(prefix="heliostat-job-") as folder, to.errors():
         job.upload.write(Path(folder))

@@ -25,8 +25,9 @@ class RayCluster:
     Each node is a session of processes of its own, in a temporary folder that is short enough for Unix sockets.
     """
 
-    def __init__(self, environment: dict[str, str], num_cpus: int = 2) -> None:
-        """`environment` is that of all nodes, beside this process's own without PYTHONPATH."""
+    def __init__(self, home: Path, num_cpus: int = 2) -> None:
+        """`home` is the state folder that the nodes share; they do not have this process's PYTHONPATH."""
+        self.home = home
         self.folder = Path(tempfile.mkdtemp(prefix="heliostat-ray-"))
         self.token = secrets.token_hex(32)
         token_file = self.folder / "token"
@@ -36,7 +37,7 @@ class RayCluster:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self._environment = {**own, "PATH": path, **auth, **environment}
+        self._environment = {**own, "PATH": path, **auth, "HELIOSTAT_HOME": str(home)}
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", cpus=num_cpus)
 

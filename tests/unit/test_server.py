@@ -1,6 +1,7 @@
 """`heliostat mlflow`: what is refused, and that secrets are where nobody sees them. Real ones: slow/test_jobs.py."""
 
 import configparser
+import dataclasses
 import socket
 import stat
 from pathlib import Path
@@ -35,9 +36,8 @@ def test_other_hosts_need_authentication(host: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("place", ["backend_store_uri", "artifacts_destination", "options"])
 def test_a_password_on_the_command_line_is_refused_and_not_repeated(place: str) -> None:
     uri = "postgresql://me:hunter2@host/mlflow"
-    settings = ServerSettings(options=["--read-replica-backend-store-uri", uri])
-    if place != "options":
-        settings = ServerSettings(**{place: uri})
+    value = ["--read-replica-backend-store-uri", uri] if place == "options" else uri
+    settings = dataclasses.replace(ServerSettings(), **{place: value})
     with pytest.raises(ConfigError, match="MLFLOW_BACKEND_STORE_URI in the environment") as refused:
         server.check(settings)
     assert "hunter2" not in str(refused.value)

@@ -88,7 +88,7 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         print(f"error: {message}", file=sys.stderr)
         if options.json:
             facts = error.facts if isinstance(error, HeliostatError) else {}
-            _print(json.dumps({"error": message, "exit_code": code, **facts}), stdout)
+            _print(json.dumps({**facts, "error": message, "exit_code": code}), stdout)
         return code
 
 

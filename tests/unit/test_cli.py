@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from heliostat import __version__, cli
 from heliostat.command import Command
+from heliostat.errors import JobFailed
 from heliostat.models import base
 from heliostat.registry import store, versions
 from tests import tiny
@@ -141,6 +142,15 @@ def test_an_unexpected_error_is_code_1_with_its_traceback_on_demand(command: Any
     output = capsys.readouterr()
     assert output.err.startswith("Traceback (most recent call last)")
     assert output.err.endswith("error: ZeroDivisionError: by zero\n")
+
+
+def test_a_job_that_failed_tells_its_facts_and_the_exit_code_of_its_command(command: Any, capsys: Capture) -> None:
+    def run(options: Any) -> None:
+        raise JobFailed("the job x failed", 3, {"job_id": "x", "exit_code": None})
+
+    command(run)
+    assert cli.main(["try", "--json"]) == 3
+    assert last_json(capsys.readouterr().out) == {"error": "the job x failed", "exit_code": 3, "job_id": "x"}
 
 
 def test_an_interrupt_is_code_130_without_a_traceback(command: Any, capsys: Capture) -> None:

@@ -95,16 +95,18 @@ def test_what_cannot_work_is_refused_here(command: list[str], message: str) -> N
 
 def test_variables_are_named_and_secrets_stay_out_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert variables(["HF_TOKEN", "HELIOSTAT_HOME=/mnt/a=b"]) == {
+    given = ["HF_TOKEN", "HELIOSTAT_HOME=/mnt/a=b", "TOKENIZERS_PARALLELISM=false"]
+    assert variables(given) == {
         "HF_TOKEN": "hf_secret",
         "HELIOSTAT_HOME": "/mnt/a=b",
+        "TOKENIZERS_PARALLELISM": "false",
     }
     job = prepare("train", "config.yaml", environment=("HF_TOKEN",))
     assert job.environment["HF_TOKEN"] == "hf_secret"
     assert "hf_secret" not in job.entrypoint
-    for given in ("HF_TOKEN=x", "MLFLOW_TRACKING_PASSWORD=x", "MLFLOW_TRACKING_URI=http://me:pw@host"):
+    for text in ("HF_TOKEN=x", "MLFLOW_TRACKING_PASSWORD=x", "MLFLOW_TRACKING_URI=http://me:pw@host"):
         with pytest.raises(ConfigError, match="looks like a secret") as refused:
-            variables([given])
+            variables([text])
         assert "pw" not in str(refused.value)
     with pytest.raises(ConfigError, match="NIX: is not set here"):
         variables(["NIX"])

@@ -37,16 +37,20 @@ class Cluster:
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.WARNING)
         with self.errors(), _without(*_ADDRESSES):
-            self.client = JobSubmissionClient(self.address)
+            try:
+                self.client = JobSubmissionClient(self.address)
+            except RuntimeError as error:  # of a 404, or of a Ray that is too old for its own client
+                raise self._no_ray(error) from error
             self.version: str = self.client._server_ray_version  # read by the client when it connected
             self._check_version()
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """Turn what goes wrong on the way to the job server into an error that says where, and what to do."""
-        from aiohttp import ClientError
+        from aiohttp import ClientConnectionError, ClientError
         from ray.exceptions import AuthenticationError
-        from requests.exceptions import RequestException
+        from requests import ConnectionError as RequestsConnectionError
+        from requests import RequestException
 
         try:
             yield
@@ -57,16 +61,13 @@ class Cluster:
                 f"the Ray cluster at {self.address} {problem}; set RAY_AUTH_MODE=token and the cluster's token as "
                 "RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token)"
             ) from error
-        except ConnectionError as error:
+        except (ConnectionError, RequestsConnectionError, ClientConnectionError) as error:
             raise ResourceError(
                 f"no Ray cluster answers at {self.address}; start one (`ray start --head`), or give the address of "
                 "its dashboard with --address or RAY_ADDRESS"
             ) from error
         except (RequestException, ClientError, json.JSONDecodeError, KeyError) as error:
-            raise ResourceError(
-                f"what answers at {self.address} is not the dashboard of a Ray cluster "
-                f"({type(error).__name__}); its port is 8265 unless it was set"
-            ) from error
+            raise self._no_ray(error) from error
 
     def job(self, job: str) -> "JobDetails":
         """What the cluster knows of a job.
@@ -94,6 +95,13 @@ class Cluster:
         """All that the job has written so far; empty before it starts."""
         with self.errors():
             return self.client.get_job_logs(job) or ""
+
+    def _no_ray(self, error: Exception) -> ResourceError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ResourceError(
+            f"what answers at {self.address} is not the dashboard of a Ray cluster ({reason}); its port is 8265 unless "
+            "it was set"
+        )
 
     def _check_version(self) -> None:
         if tuple(int(part) for part in self.version.split(".")[:2]) < _OLDEST_RAY:

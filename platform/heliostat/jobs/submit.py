@@ -24,7 +24,7 @@ from heliostat.training import progress
 VERBS = ("train", "tune-training", "tune-decoding", "evaluate", "promote")
 # What `heliostat stop` leaves a command to end its MLflow run and its workers, before SIGKILL (Ray's default: 3).
 _STOP_WAIT_S = 30
-_SECRET = re.compile(r"token|secret|password|credential|api_?key|access_key", re.IGNORECASE)
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY)(_|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ def prepare(request: Request, commands: Mapping[str, Command], notice: Notice) -
         ResourceError: the files are too large.
     """
     verb, options = _parse(request.command, commands)
-    environment = variables(request.environment) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
-    if request.bar:
-        environment[progress.LINES] = "100"
+    bar = {progress.LINES: "100"} if request.bar else {}
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), **bar, **variables(request.environment)}
     upload = Upload([Path(os.path.abspath(Path(folder).expanduser())) for folder in request.mounted])
     name, arguments = _take_along(upload, options, request.command)
     package = cluster.package_to_ship()

@@ -1,5 +1,6 @@
 """What training is about to learn, as text a person can check before compute is spent. Knows tokens, not files."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,8 +13,10 @@ from heliostat.errors import DataError
 SHOWN = 600
 
 
-def summary(data: PackedDataset, tokenizer: Any, n: int = 2) -> str:
+def summary(data: PackedDataset, tokenizer: Any, n: int = 2, *, labels: Sequence[str] = ()) -> str:
     """Counts of a split, and its first `n` documents with [learned tokens in brackets].
+
+    With `labels`, the last token of a document is the number of its label.
 
     Raises:
         DataError: no token of the split is learned.
@@ -26,10 +29,15 @@ def summary(data: PackedDataset, tokenizer: Any, n: int = 2) -> str:
         f"{meta['supervised_tokens']} learned",
         f"  truncated {meta['truncated']}, dropped {meta['dropped']}; {len(data)} sequences of {data.max_length}, "
         f"{data.fill:.1%} full",
-        f"  {_eos_sentence(data, tokenizer.eos_token_id)}",
+        f"  {_labels_sentence(data, labels) if labels else _eos_sentence(data, tokenizer.eos_token_id)}",
     ]
     shown = range(min(n, len(tokens)))
-    return "\n".join(lines + [f"  document {index}: {_marked(data, tokenizer, index)}" for index in shown])
+    return "\n".join(lines + [f"  document {index}: {_marked(data, tokenizer, index, labels)}" for index in shown])
+
+
+def _labels_sentence(data: PackedDataset, labels: Sequence[str]) -> str:
+    found = np.bincount(data.tokens.input_ids[data.tokens.offsets[1:] - 1], minlength=len(labels))
+    return "labels: " + ", ".join(f"{label} {count}" for label, count in zip(labels, found, strict=True))
 
 
 def _eos_sentence(data: PackedDataset, eos: int) -> str:
@@ -40,9 +48,11 @@ def _eos_sentence(data: PackedDataset, eos: int) -> str:
     return f"EOS is learned at the end of {learned} of {total} documents{rest}"
 
 
-def _marked(data: PackedDataset, tokenizer: Any, index: int) -> str:
+def _marked(data: PackedDataset, tokenizer: Any, index: int, labels: Sequence[str]) -> str:
     ids, mask = data.tokens.document(index)
     text = ""
+    if labels:
+        return f"{tokenizer.decode(ids[:-1])[:SHOWN]} -> [{labels[ids[-1]]}]"
     for learned, run in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda token: token[1]):
         part = tokenizer.decode([token for token, _ in run])
         text += f"[{part}]" if learned else part

@@ -106,7 +106,7 @@ def to_segments(row: Row, config: DataConfig, chat: ChatTemplate | None) -> list
 
     text: one learned segment. prompt_completion, alpaca: prompt, learned completion. chat: every assistant turn that
     answers something is learned, up to and with its end token; what follows the last one is left out. With
-    `train_on_inputs` everything is learned.
+    `train_on_inputs` everything is learned. classification: text, learned label.
 
     Raises:
         DataError: a column is missing, empty or of a wrong type, or the messages are malformed; names row and column.
@@ -136,6 +136,37 @@ def prompt_of(row: Row, config: DataConfig, chat: ChatTemplate | None) -> tuple[
         return "".join(segment.text for segment in prompt), completion.text
     segments = _chat_segments(row, config, chat)
     return "".join(segment.text for segment in segments[:-1]), reference_of(row, config)
+
+
+def label_of(row: Row, config: DataConfig) -> str:
+    """The label of a row of `format: classification`, without white space around it.
+
+    Raises:
+        DataError: it is missing, empty, or none of `data.labels`.
+    """
+    label = _filled(field_text(row, config, "label").strip(), row, "label")
+    if config.labels is not None and label not in config.labels:
+        known = ", ".join(f"`{name}`" for name in config.labels[:10])
+        raise DataError(f"{row.origin}: the label `{label}` is none of {known}; correct it, or set data.labels")
+    return label
+
+
+def label_names(rows: Sequence[Row], config: DataConfig) -> tuple[str, ...]:
+    """The labels of `format: classification`, in the order of their numbers; none for other formats.
+
+    They are `data.labels`, or what occurs in the rows, sorted.
+
+    Raises:
+        DataError: a row is wrong, or there are fewer than two labels.
+    """
+    if config.task != "classification":
+        return ()
+    if config.labels:
+        return tuple(config.labels)
+    found = sorted({label_of(row, config) for row in rows})
+    if len(found) < 2:
+        raise DataError(f"data.train: all rows have the label `{found[0]}`; a classifier needs at least two labels")
+    return tuple(found)
 
 
 def reference_of(row: Row, config: DataConfig) -> str:
@@ -183,6 +214,10 @@ def _filled(text: str, row: Row, what: str) -> str:
 def _prompt_and_completion(row: Row, config: DataConfig) -> tuple[str, str]:
     if config.format == "alpaca":
         return _alpaca_prompt(row, config), _filled(field_text(row, config, "output"), row, "output")
+    if config.format == "classification":
+        field = "prompt" if config.prompt_template else "text"
+        text = _from_template(row, config, field, config.prompt_template)
+        return _filled(text, row, "text"), label_of(row, config)
     prompt = _from_template(row, config, "prompt", config.prompt_template)
     completion = _from_template(row, config, "completion", config.completion_template)
     return prompt, _filled(completion, row, "completion")

@@ -24,6 +24,7 @@ TOKEN_KEYS = {
     "columns",
     "prompt_template",
     "completion_template",
+    "labels",
     "train_on_inputs",
     "max_length",
     "excess_length_strategy",
@@ -38,7 +39,7 @@ class Prepared:
     """Split -> its folder."""
     manifest: dict[str, Any]
     """Lineage: `files` (path, sha256, bytes for each split), `splits` (counts for each), `data_sha256` (the rows used),
-    `tokenizer_sha256`, `cache_key`, `seed`."""
+    `tokenizer_sha256`, `cache_key`, `seed`, `task`, `labels` (of a classifier)."""
 
 
 def prepare(
@@ -76,6 +77,8 @@ def prepare(
         "tokenizer_sha256": tokenizer_hash,
         "cache_key": key,
         "seed": seed,
+        "task": config.task,
+        "labels": config.labels,
     }
     return Prepared(folders, manifest)
 

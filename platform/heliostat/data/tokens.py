@@ -8,6 +8,8 @@ could merge characters across their border.
   its own.
 - eos ends every document and is learned, or the model would not know when to stop. It is not added where the chat
   template already ended the answer with it; a template with another end token (Gemma's <end_of_turn>) gets both.
+- For classification there is no end token, and the last "token" is the number of the label, the only one with loss.
+  Before it come the ids that the tokenizer itself makes of the text, with whatever special tokens it puts around it.
 - Text that looks like a special token stays text in plain formats; in chats, the template's own are parsed.
 """
 
@@ -118,7 +120,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Encoded:
     """Tokenise rows into documents of at most `max_length` tokens.
 
     Longer ones are split into pieces of nearly equal length (`text`), or treated by `excess_length_strategy`: raise,
-    truncate (the beginning is kept, so its end and eos are lost) or drop.
+    truncate (the beginning is kept, so its end and eos are lost; but a label stays) or drop.
 
     Raises:
         DataError: a row is wrong (see `to_segments`) or too long, or no document is left.
@@ -158,7 +160,8 @@ class DocumentEncoder:
             raise ModelError(
                 f"{type(tokenizer).__name__} has no fast implementation (tokenizer.json); convert it first"
             )
-        if tokenizer.eos_token_id is None:
+        self._labels = {label: number for number, label in enumerate(config.labels or ())}
+        if tokenizer.eos_token_id is None and config.task == "causal_lm":
             raise ModelError("the tokenizer has no eos token, so the model could not learn where to stop; set one")
         self._tokenizer = tokenizer
         self._config = config
@@ -167,14 +170,23 @@ class DocumentEncoder:
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the prompts that `prompt_of` gives: exactly the prefixes of the trained documents."""
+        if self._config.task == "classification":
+            return text_ids(self._tokenizer, texts)
         return [self._bos + ids for ids in self._tokenise(texts)["input_ids"]]
 
     def documents(self, rows: Sequence[Row]) -> list[tuple[Ids, Mask]]:
         """(ids, loss mask) of each row's document, of any length."""
         segments = [to_segments(row, self._config, self._template) for row in rows]
+        if self._config.task == "classification":
+            texts = self.prompts([text.text for text, _ in segments])
+            return [self._labelled(ids, label.text) for ids, (_, label) in zip(texts, segments, strict=True)]
         prompts = self._prompts_with_masks([parts[:-1] for parts in segments])
         completions = self._tokenise([parts[-1].text for parts in segments])["input_ids"]
         return [self._join(*prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+    def _labelled(self, text: list[int], label: str) -> tuple[Ids, Mask]:
+        ids = np.array([*text, self._labels[label]], dtype=np.int32)
+        return ids, np.arange(len(ids)) == len(text)
 
     def _join(self, prompt: list[int], prompt_mask: list[bool], completion: list[int]) -> tuple[Ids, Mask]:
         eos = self._tokenizer.eos_token_id
@@ -204,6 +216,13 @@ class DocumentEncoder:
             return_offsets_mapping=offsets,
             verbose=False,
         )
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of whole texts, as a classifier sees them: what looks like a special token in them stays text."""
+    encoded = tokenizer(list(texts), split_special_tokens=True, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def leading_bos(tokenizer: Any) -> list[int]:
@@ -251,5 +270,8 @@ def _fit(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
         # Nearly equal pieces: a remainder of one token, which could not be learned, never comes up.
         pieces = -(-len(ids) // limit)
         return list(zip(np.array_split(ids, pieces), np.array_split(mask, pieces), strict=True))
+    if config.task == "classification":
+        cut = config.excess_length_strategy == "truncate"
+        return [(np.append(ids[: limit - 1], ids[-1]), np.append(mask[: limit - 1], mask[-1]))] if cut else []
     fits = config.excess_length_strategy == "truncate" and mask[1:limit].any()
     return [(ids[:limit], mask[:limit])] if fits else []

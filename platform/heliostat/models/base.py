@@ -17,26 +17,73 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from heliostat import state
 from heliostat.errors import ModelError
 from heliostat.models import bundle, files
+from heliostat.tasks import Task
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+_CLASSES: dict[Task, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
+# What the names of a task's architectures end with, in config.json.
+_ARCHITECTURES: dict[Task, str] = {"classification": "ForSequenceClassification"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model's outputs are: tokens, or labels, which are kept in its config."""
+
+    task: Task = "causal_lm"
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their numbers; empty: as the model's config says."""
+    pad_token_id: int | None = None
+    """By which a classifier finds the end of a text; needed with labels."""
+
+    def keys(self) -> dict[str, Any]:
+        """What the model's config must say."""
+        if not self.labels:
+            return {}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+NEXT_TOKEN = Head()
+"""Of a language model."""
+
+
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model ready to generate: eval mode, adapters merged, decoding defaults in `model.generation_config`."""
+    """A model ready for use: eval mode, adapters merged, decoding defaults in `model.generation_config`."""
 
     model: Any
     tokenizer: Any
     manifest: dict[str, Any] | None
     path: str
+    task: Task = "causal_lm"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of a classifier, in the order of their numbers."""
+        return tuple(self.model.config.id2label[number] for number in range(self.model.config.num_labels))
 
 
 def resolve(reference: str) -> str:
@@ -115,15 +162,42 @@ def load_config(source: str, revision: str | None = None) -> Any:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
-def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype, attention: str | None = None) -> Any:
-    """The causal language model with its weights, in `dtype`.
+def task_of(source: str) -> Task:
+    """The task of a resolved model: as its manifest says, else as its architecture's name does.
+
+    Raises:
+        ModelError: it does not exist, needs code of its own, or is made for a task that is not known here.
+    """
+    folder = Path(source)
+    if (folder / bundle.MANIFEST).exists():
+        named: Task = bundle.read_manifest(folder).get("task", "causal_lm")
+        if named not in _CLASSES:
+            raise ModelError(f"{folder}: its task is `{named}`, which this version does not know; install a newer one")
+        return named
+    if (folder / "adapter_config.json").exists():
+        return "causal_lm"
+    names = load_config(source).architectures or []
+    found = (task for task, ending in _ARCHITECTURES.items() if any(name.endswith(ending) for name in names))
+    return next(found, "causal_lm")
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    head: Head = NEXT_TOKEN,
+) -> Any:
+    """The model with its weights, in `dtype`. A head that the stored model lacks gets random weights.
 
     Raises:
         ModelError: it cannot be loaded, or has no safetensors weights.
     """
     with _errors_named(source):
-        return AutoModelForCausalLM.from_pretrained(
+        return _CLASSES[head.task].from_pretrained(
             source,
+            **head.keys(),
             revision=revision,
             dtype=dtype,
             attn_implementation=attention or default_attention(),
@@ -132,12 +206,17 @@ def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype, 
         )
 
 
-def new_model(config_folder: str, *, seed: int, dtype: torch.dtype, attention: str | None = None) -> Any:
+def new_model(
+    config_folder: str, *, seed: int, dtype: torch.dtype, attention: str | None = None, head: Head = NEXT_TOKEN
+) -> Any:
     """Randomly initialised weights for the config.json in `config_folder`: equal seeds give equal weights."""
     config = load_config(config_folder)
+    for key, value in head.keys().items():
+        setattr(config, key, value)
     torch.manual_seed(seed)
     with _errors_named(config_folder):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention or default_attention()).to(dtype)
+        made = _CLASSES[head.task].from_config(config, attn_implementation=attention or default_attention())
+        return made.to(dtype)
 
 
 def default_attention() -> str:
@@ -146,7 +225,7 @@ def default_attention() -> str:
 
 
 def load_for_inference(reference: str, *, device: str = "cpu", dtype: str | None = None) -> InferenceModel:
-    """A bundle folder, model folder, GGUF file or hub name, ready to generate; bundles are verified first.
+    """A bundle folder, model folder, GGUF file or hub name, ready for its task; bundles are verified first.
 
     `dtype` (float32, bfloat16, ...) defaults to float32 on CPUs and to the stored one elsewhere.
 
@@ -158,22 +237,26 @@ def load_for_inference(reference: str, *, device: str = "cpu", dtype: str | None
     manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).exists() else None
     kind: Any = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
     tokenizer = load_tokenizer(source)
+    task = task_of(source)
     if (folder / "adapter_config.json").exists():
-        model = load_merged_adapter(folder, dtype=kind, base_sha256=((manifest or {}).get("base") or {}).get("sha256"))
+        head = Head(task, tuple((manifest or {}).get("labels") or ()), tokenizer.pad_token_id)
+        sha256 = ((manifest or {}).get("base") or {}).get("sha256")
+        model = load_merged_adapter(folder, dtype=kind, base_sha256=sha256, head=head)
     else:
-        model = load_model(source, dtype=kind, attention="sdpa")
+        model = load_model(source, dtype=kind, attention="sdpa", head=Head(task))
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source)
-    return InferenceModel(model.to(device).eval(), tokenizer, manifest, source)
+    return InferenceModel(model.to(device).eval(), tokenizer, manifest, source, task)
 
 
 def load_untrained(config_folder: str, *, seed: int) -> InferenceModel:
     """The randomly initialised model that a from-scratch training starts from, to compare with."""
-    model = new_model(config_folder, seed=seed, dtype=torch.float32, attention="sdpa")
-    return InferenceModel(model.eval(), load_tokenizer(config_folder), None, config_folder)
+    task = task_of(config_folder)
+    model = new_model(config_folder, seed=seed, dtype=torch.float32, attention="sdpa", head=Head(task))
+    return InferenceModel(model.eval(), load_tokenizer(config_folder), None, config_folder, task)
 
 
-def load_merged_adapter(folder: Path, *, dtype: Any, base_sha256: str | None = None) -> Any:
+def load_merged_adapter(folder: Path, *, dtype: Any, base_sha256: str | None = None, head: Head = NEXT_TOKEN) -> Any:
     """The base model that the adapter in `folder` names, with the adapter merged into its weights.
 
     Raises:
@@ -184,7 +267,7 @@ def load_merged_adapter(folder: Path, *, dtype: Any, base_sha256: str | None = N
     base = resolve(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     if base_sha256 and Path(base).is_dir() and files.weights_sha256(Path(base)) != base_sha256:
         raise ModelError(f"{folder}: its base model {base} has other weights than those the adapter was trained on")
-    model = load_model(base, dtype=dtype, attention="sdpa")
+    model = load_model(base, dtype=dtype, attention="sdpa", head=head)
     with _errors_named(str(folder)):
         return PeftModel.from_pretrained(model, str(folder), use_safetensors=True).merge_and_unload(safe_merge=True)
 

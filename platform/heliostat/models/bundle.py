@@ -20,16 +20,19 @@ FORMAT_VERSION = 1
 _IGNORED = frozenset({MANIFEST, "MLmodel"})
 
 
-def write(folder: Path, *, weights: Path, tokenizer: Any, generation_config: Any, manifest: dict[str, Any]) -> Path:
+def write(
+    folder: Path, *, weights: Path, tokenizer: Any, generation_config: Any | None, manifest: dict[str, Any]
+) -> Path:
     """Assemble a bundle at `folder` from the files in `weights` (linked, not copied), whole or not at all.
 
-    An older bundle at `folder` is replaced.
+    An older bundle at `folder` is replaced. A model that generates nothing has no `generation_config`.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(weights, temporary, copy_function=_link_tensors)
     tokenizer.save_pretrained(temporary)
-    generation_config.save_pretrained(temporary)
+    if generation_config is not None:
+        generation_config.save_pretrained(temporary)
     hashes = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
     return _finish(temporary, folder, {"format_version": FORMAT_VERSION, **manifest, "files": hashes})
 

@@ -13,6 +13,7 @@ from heliostat import __version__, journal
 from heliostat.data.tokens import TokenDataset
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import bundle, files
+from heliostat.models.base import Head
 from heliostat.training.setup import Source
 
 # Documents looked at to find out which special token ends a turn.
@@ -25,7 +26,8 @@ def write(config: ExperimentConfig, run_folder: Path, source: Source, tokens: Pa
     if config.adapter.merge and (weights / "adapter_config.json").exists():
         from heliostat.models import adapters  # PEFT takes seconds to import
 
-        weights = adapters.merge(weights, run_folder / "merged")
+        head = Head(config.data.task, source.labels, source.tokenizer.pad_token_id)
+        weights = adapters.merge(weights, run_folder / "merged", head)
     made = assemble(config, weights, run_folder / "bundle", source, tokens, lineage)
     shutil.rmtree(run_folder / "merged", ignore_errors=True)
     return made
@@ -35,15 +37,11 @@ def assemble(
     config: ExperimentConfig, weights: Path, target: Path, source: Source, tokens: Path, lineage: dict[str, Any]
 ) -> Path:
     """Make a bundle at `target` from exported weights, which are linked."""
-    stops = stop_token_ids(TokenDataset.open(tokens), source.tokenizer)
-    decoding = {
-        "eos_token_id": stops,
-        "pad_token_id": source.tokenizer.pad_token_id,
-        "bos_token_id": source.tokenizer.bos_token_id,
-        **config.generation.model_dump(exclude_none=True),
-    }
+    generates = config.data.task != "classification"
+    stops = stop_token_ids(TokenDataset.open(tokens), source.tokenizer) if generates else []
     manifest = {
-        "task": "causal_lm",
+        "task": config.data.task,
+        "labels": list(source.labels) or None,
         "format": config.data.format,
         "prompt_template": config.data.prompt_template,
         "stop_token_ids": stops,
@@ -55,8 +53,17 @@ def assemble(
         target,
         weights=weights,
         tokenizer=source.tokenizer,
-        generation_config=GenerationConfig(**decoding),
+        generation_config=_generation_config(config, source.tokenizer, stops) if generates else None,
         manifest=manifest,
+    )
+
+
+def _generation_config(config: ExperimentConfig, tokenizer: Any, stops: list[int]) -> GenerationConfig:
+    return GenerationConfig(
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **config.generation.model_dump(exclude_none=True),
     )
 
 

@@ -69,6 +69,9 @@ class TrainingConfig(StrictModel):
     neftune_noise_alpha: PositiveFloat | None = None
     """Noise on the embeddings while training, alpha / sqrt(max_length x width) at most (NEFTune, Jain et al. 2023,
     arXiv:2310.05914: 5 to 15)."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """Of `data.format: classification`, how much a text of each label counts: {label: weight}, or `balanced`, by which
+    all labels together count the same however rare they are."""
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False

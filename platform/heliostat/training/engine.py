@@ -65,6 +65,12 @@ def add_noise(model: Any, alpha: float, length: int) -> None:
     model.get_input_embeddings().register_forward_hook(disturbed)
 
 
+def chunk_loss(model: Any) -> None:
+    """Let a causal language model compute its loss without ever holding all logits."""
+    vocab_size = model.config.get_text_config().vocab_size
+    install_chunked_causal_lm_loss(model, block_rows=max(1, _CACHED_LOGITS // vocab_size))
+
+
 def build(
     model: Any,
     training: TrainingConfig,
@@ -80,8 +86,6 @@ def build(
     """
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    vocab_size = model.config.get_text_config().vocab_size
-    install_chunked_causal_lm_loss(model, block_rows=max(1, _CACHED_LOGITS // vocab_size))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(model, training, loraplus_lr_ratio or 1.0)
     num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)

@@ -1,11 +1,81 @@
 """The training loss of a task. Knows nothing of optimizers, workers or files."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from heliostat.data.packing import IGNORED
+from heliostat.data.packing import IGNORED, PackedRow, collate
+from heliostat.tasks import Task
+
+
+class Objective(Protocol):
+    """What a task makes of rows, and its loss."""
+
+    def batch(self, rows: Sequence[PackedRow], *, flatten: bool) -> dict[str, Any]:
+        """What `loss` needs of the rows, on the CPU. `flatten`: without padding, if the task can (flash attention)."""
+        ...
+
+    def loss(self, model: Any, batch: dict[str, Any], num_items: int) -> Tensor:
+        """The sum of the losses of what the batch learns, divided by `num_items`.
+
+        With `num_items` = learned tokens of the whole global batch, the sum over micro-batches and workers is the mean,
+        however the batch is cut. A row whose labels are all -100 adds nothing.
+        """
+        ...
+
+
+def build(task: Task, *, pad_token_id: int, class_weights: Sequence[float] | None = None) -> Objective:
+    """The objective of a task. `class_weights` are those of `Classification`."""
+    if task == "classification":
+        return Classification(pad_token_id, class_weights)
+    return NextToken(pad_token_id)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Next-token cross-entropy of a causal language model."""
+
+    pad_token_id: int
+
+    def batch(self, rows: Sequence[PackedRow], *, flatten: bool) -> dict[str, Any]:
+        """As `learned_positions`."""
+        return learned_positions(collate(rows, self.pad_token_id, flatten=flatten))
+
+    def loss(self, model: Any, batch: dict[str, Any], num_items: int) -> Tensor:
+        """As `causal_lm_loss`."""
+        return causal_lm_loss(model, batch, num_items)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy of the labels of texts. The last token of a row is no token, but the number of its label."""
+
+    pad_token_id: int
+    class_weights: Sequence[float] | None = None
+    """How much a text of each label counts, [labels]; None: all the same."""
+
+    def batch(self, rows: Sequence[PackedRow], *, flatten: bool = False) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` [rows, longest text], padded on the right; `labels` [rows]."""
+        texts = [torch.from_numpy(row.input_ids[:-1]) for row in rows]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(texts, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(text) for text in texts], batch_first=True),
+            "labels": torch.tensor([row.labels[-1] for row in rows]),
+        }
+
+    def loss(self, model: Any, batch: dict[str, Any], num_items: int) -> Tensor:
+        """The class weights count in the sum alone: balanced ones are 1 on the average over the training texts."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits.float()
+        weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
+        total = torch.nn.functional.cross_entropy(
+            logits, batch["labels"], weight=weights, ignore_index=IGNORED, reduction="sum"
+        )
+        return total / num_items
 
 
 def learned_positions(batch: dict[str, Any]) -> dict[str, Any]:

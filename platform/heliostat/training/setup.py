@@ -1,10 +1,12 @@
 """What is settled before workers start: model, tokenizer, number of steps. Runs in the driver; knows no Ray."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
@@ -22,11 +24,16 @@ from heliostat.training.spec import WorkerSpec
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights, or the config of new ones, come from; and the tokenizer."""
+    """Where the weights, or the config of new ones, come from; the tokenizer; and the labels of a classifier."""
 
     path: str
     from_scratch: bool
     tokenizer: Any
+    labels: tuple[str, ...] = ()
+
+    def data(self, data: DataConfig) -> DataConfig:
+        """The section with the labels in it."""
+        return data.model_copy(update={"labels": list(self.labels)}) if self.labels else data
 
 
 def check(config: ExperimentConfig) -> None:
@@ -45,6 +52,8 @@ def check(config: ExperimentConfig) -> None:
             f"adapter.method={config.adapter.method} adapts an existing model, but model.scratch makes a "
             "new one; drop one"
         )
+    if training.class_weights and config.data.task != "classification":
+        raise ConfigError(f"training.class_weights needs data.format=classification, not {config.data.format}; drop it")
     zero.deepspeed_config(training, num_parameters=1)
     if config.adapter.use_dora and zero.stage(training) == 3:
         raise ConfigError(
@@ -84,7 +93,7 @@ def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Sour
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the model's {positions} positions; lower it"
         )
-    return Source(path, config.model.scratch is not None, tokenizer)
+    return Source(path, config.model.scratch is not None, tokenizer, formats.label_names(rows, config.data))
 
 
 def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
@@ -127,6 +136,34 @@ def _set_chat_template(tokenizer: Any, template: str | None) -> None:
             raise ConfigError(
                 f"model.chat_template: `{template}` is neither `chatml` nor a readable file: {error}"
             ) from error
+
+
+def class_weights(
+    wanted: Literal["balanced"] | dict[str, float] | None, labels: Sequence[str], tokens: TokenDataset
+) -> tuple[float, ...] | None:
+    """How much a text of each label counts.
+
+    `balanced`: texts / (labels x texts of that label), as scikit-learn's `class_weight`. Labels that are not named
+    count once.
+
+    Raises:
+        ConfigError: a label that there is not, or that balancing would need texts of.
+    """
+    if wanted is None:
+        return None
+    if wanted != "balanced":
+        if unknown := sorted(wanted.keys() - set(labels)):
+            raise ConfigError(
+                f"training.class_weights: there is no label `{unknown[0]}`; there are {', '.join(labels)}"
+            )
+        return tuple(wanted.get(label, 1.0) for label in labels)
+    counts = np.bincount(tokens.input_ids[tokens.offsets[1:] - 1], minlength=len(labels)).tolist()
+    if 0 in counts:
+        raise ConfigError(
+            f"training.class_weights=balanced: no training row has the label `{labels[counts.index(0)]}`; "
+            "drop it from data.labels, or give the weights themselves"
+        )
+    return tuple(len(tokens) / (len(labels) * count) for count in counts)
 
 
 @dataclass(frozen=True)
@@ -176,5 +213,8 @@ def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, P
         save_steps=training.save_steps or eval_steps,
         export_all=training.chosen_by_task,
         seed=config.seed,
+        task=data.task,
+        labels=source.labels,
+        class_weights=class_weights(training.class_weights, source.labels, rows.tokens),
     )
     return Plan(len(rows), rows.fill, per_epoch, spec)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heliostat.models.config import AdapterConfig
+from heliostat.tasks import Task
 from heliostat.training.config import TrainingConfig
 
 STOP = "stop"
@@ -35,6 +36,11 @@ class WorkerSpec:
     export_all: bool
     """Keep the weights of every evaluation, for others to choose from."""
     seed: int
+    task: Task = "causal_lm"
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers."""
+    class_weights: tuple[float, ...] | None = None
+    """How much a text of each class counts."""
 
     @property
     def checkpoints(self) -> Path:

@@ -98,15 +98,16 @@ def _prepare(config: ExperimentConfig, run: Run, evaluations: int = 1) -> _Job:
     rows = splits.load_splits(config.data, config.seed, ("train", "validation"))
     setup.check_best(config, rows)
     source = setup.load_source(config, rows["train"], run.folder / "init")
-    prepared = prepare.prepare(rows, config.data, source.tokenizer, config.seed, state.token_cache())
-    _record_data(run, config, prepared, source.tokenizer)
+    data = source.data(config.data)
+    prepared = prepare.prepare(rows, data, source.tokenizer, config.seed, state.token_cache())
+    _record_data(run, config, prepared, source)
     plan = setup.plan(config, run, source, prepared.splits, evaluations)
     run.note(total_steps=plan.spec.total_steps)
     lineage = bundling.lineage(config_hash(config), prepared.manifest["data_sha256"], run.name)
     return _Job(run, source, prepared.splits, prepared.manifest, plan, lineage)
 
 
-def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared, tokenizer: Any) -> None:
+def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared, source: Source) -> None:
     """Write config.yaml, data.json and data.txt; a resumed run must find the data as it was."""
     before = run.folder / "data.json"
     if before.exists() and json.loads(before.read_text())["cache_key"] != prepared.manifest["cache_key"]:
@@ -114,7 +115,9 @@ def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared,
     (run.folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     summaries = [
         audit.summary(
-            PackedDataset(TokenDataset.open(path), config.data.max_length, packing=config.data.packing), tokenizer
+            PackedDataset(TokenDataset.open(path), config.data.max_length, packing=config.data.packing),
+            source.tokenizer,
+            labels=source.labels,
         )
         for path in prepared.splits.values()
     ]

@@ -20,11 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heliostat import journal
-from heliostat.data.packing import PackedDataset, collate, unlearned
+from heliostat.data.packing import PackedDataset, unlearned
 from heliostat.data.tokens import TokenDataset
 from heliostat.models import adapters, base, freezing
-from heliostat.training import agreement, engine, order, shards, zero
-from heliostat.training.objectives import causal_lm_loss, learned_positions
+from heliostat.training import agreement, engine, objectives, order, shards, zero
 from heliostat.training.saving import Saver
 from heliostat.training.spec import WorkerSpec
 
@@ -102,6 +101,7 @@ class Worker:
         self.trained_only = spec.adapter.method == "lora"
         self.train_rows = self._open(spec.train_tokens)
         self.validation_rows = self._open(spec.validation_tokens) if spec.validation_tokens else None
+        self.objective = objectives.build(spec.task, pad_token_id=spec.pad_token_id, class_weights=spec.class_weights)
         self.journal = Path(spec.run_folder) / journal.NAME
         self.found = agreement.newest_whole(spec.checkpoints, self._tell)
         self.engine = self._build_engine()
@@ -172,14 +172,11 @@ class Worker:
 
     def _build_engine(self) -> Any:
         spec = self.spec
-        dtype = engine.compute_dtype(self.training)
-        if spec.from_scratch:
-            model = base.new_model(spec.model, seed=spec.seed, dtype=dtype, attention=spec.attention)
-        else:
-            with engine.sharded_loading(self.training):
-                model = base.load_model(spec.model, revision=spec.revision, dtype=dtype, attention=spec.attention)
+        model = self._load_model()
+        if spec.task == "causal_lm":
+            engine.chunk_loss(model)
         if self.trained_only:
-            model = adapters.attach(model, spec.adapter, base=spec.model, seed=spec.seed)
+            model = adapters.attach(model, spec.adapter, base=spec.model, seed=spec.seed, task=spec.task)
         if spec.adapter.freeze:
             freezing.freeze(model, spec.adapter.freeze)
         if self.training.neftune_noise_alpha:
@@ -202,6 +199,16 @@ class Worker:
         """Whether the checkpoint's shards are those of another number of workers; without ZeRO there are none."""
         other = self.found is not None and self.found.workers != self.session.world_size
         return other and zero.stage(self.training) > 0
+
+    def _load_model(self) -> Any:
+        spec, dtype = self.spec, engine.compute_dtype(self.training)
+        head = base.Head(spec.task, spec.labels, spec.pad_token_id)
+        if spec.from_scratch:
+            return base.new_model(spec.model, seed=spec.seed, dtype=dtype, attention=spec.attention, head=head)
+        # A new head is the same on all workers.
+        torch.manual_seed(spec.seed)
+        with engine.sharded_loading(self.training):
+            return base.load_model(spec.model, revision=spec.revision, dtype=dtype, attention=spec.attention, head=head)
 
     def _restore(self) -> Progress:
         """Go on from the checkpoint that was found."""
@@ -238,7 +245,8 @@ class Worker:
             torch.manual_seed(
                 order.random_seed(self.spec.seed, self.progress.step, number * world_size + self.session.rank)
             )
-            loss = causal_lm_loss(self.engine, self._batch(self.train_rows, indices, flatten=self.flatten), num_items)
+            batch = self._batch(self.train_rows, indices, flatten=self.flatten)
+            loss = self.objective.loss(self.engine, batch, num_items)
             # DeepSpeed averages gradients over workers; the factor makes that a sum.
             self.engine.backward(loss * world_size, scale_wrt_gas=False)
             self.engine.step()
@@ -254,7 +262,7 @@ class Worker:
     def _batch(self, source: PackedDataset, indices: Any, *, flatten: bool) -> dict[str, Tensor]:
         """The rows of `indices` [rows]; in place of -1, some row of which nothing is learned."""
         rows = [source.row(i) if i >= 0 else unlearned(source.row(0)) for i in indices]
-        return self._to_device(learned_positions(collate(rows, self.spec.pad_token_id, flatten=flatten)))
+        return self._to_device(self.objective.batch(rows, flatten=flatten))
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.session.device
@@ -280,12 +288,12 @@ class Worker:
         self.progress.stopped_early = patience is not None and self.progress.evaluations_without_gain >= patience
 
     def _validation_loss(self) -> float:
-        """Mean next-token loss over the learned tokens of the validation rows."""
+        """Mean loss over the learned tokens of the validation rows."""
         self.engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.session.device)
         with torch.no_grad():
             for batch in self._validation_batches():
-                total += causal_lm_loss(self.engine.module, batch, 1).double()
+                total += self.objective.loss(self.engine.module, batch, 1).double()
         self.engine.train()
         dist.all_reduce(total)
         assert self.validation_rows is not None

@@ -15,6 +15,7 @@ from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import HeliostatError
 from heliostat.evaluation import evaluator
+from heliostat.evaluation.classification import ClassificationWork
 from heliostat.evaluation.config import EvaluationConfig
 from heliostat.evaluation.evaluator import Advance, Decoding, LikelihoodWork, Local, PredictionWork, Runner, Source
 from heliostat.evaluation.metrics import Example
@@ -23,7 +24,8 @@ from heliostat.models.base import InferenceModel
 MAX_DEATHS = 3
 """So many actors may die in one pool: more, and the next would die too."""
 
-Job = Callable[[InferenceModel], LikelihoodWork | PredictionWork]
+Work = LikelihoodWork | PredictionWork | ClassificationWork
+Job = Callable[[InferenceModel], Work]
 Call = tuple[Any, ...]
 """Name of one of the actor's methods, and its arguments."""
 
@@ -64,7 +66,7 @@ class EvaluationWorker:
 
     def __init__(self, source: Source, device: str) -> None:
         self._source, self._device = source, device
-        self._work: tuple[str, LikelihoodWork | PredictionWork] | None = None
+        self._work: tuple[str, Work] | None = None
 
     @functools.cached_property
     def _loaded(self) -> InferenceModel:
@@ -82,7 +84,7 @@ class EvaluationWorker:
         """One piece of the job, done."""
         return self._prepared(job[0]).piece(number)
 
-    def _prepared(self, reference: Any) -> LikelihoodWork | PredictionWork:
+    def _prepared(self, reference: Any) -> Work:
         import ray
 
         if self._work is None or self._work[0] != reference.hex():
@@ -119,7 +121,8 @@ class Pool:
         self, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, advance: Advance
     ) -> list[Example]:
         """As `evaluator.predict`."""
-        job = functools.partial(PredictionWork, rows=list(rows), data=data, config=config, batch_size=batch_size)
+        work = evaluator.prediction_work
+        job = functools.partial(work, rows=list(rows), data=data, config=config, batch_size=batch_size)
         batches = self._pieces(job, lambda batch: advance(len(batch)))
         found = {index: example for batch in batches for index, example in batch.items()}
         return [found[index] for index in range(len(rows))]

@@ -4,8 +4,9 @@ The work is cut into pieces (packed rows, batches of prompts) that are the same 
 and Ray actors (`actors`) come to equal results.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -19,8 +20,9 @@ from heliostat.data.packing import IGNORED, PackedDataset, collate
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder, TokenDataset, encode
 from heliostat.errors import DataError
-from heliostat.evaluation import bootstrap, generate, metrics
+from heliostat.evaluation import bootstrap, classification, generate, metrics
 from heliostat.evaluation.bootstrap import Interval
+from heliostat.evaluation.classification import ClassificationWork, Confusion
 from heliostat.evaluation.config import EvaluationConfig, GenerationSettings
 from heliostat.evaluation.metrics import Example, Metric
 from heliostat.evaluation.prefix import PromptPrefix
@@ -47,6 +49,8 @@ class Scores:
     examples: list[Example]
     per_example: dict[str, list[float]]
     """The chosen metrics of each row by itself; NaN where it could not be scored."""
+    confusion: Confusion | None = None
+    """Of a classifier."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ def evaluate(
 ) -> Scores:
     """Loss, perplexity and token accuracy; for all formats but `text` also the metrics of generated completions.
 
+    For `classification`: the loss, accuracy, macro F1 and the other metrics of the labels, and what was taken for what.
+
     `settings` None decodes by the model's own defaults. `advance` is told how many rows were generated for.
 
     Raises:
@@ -140,10 +146,21 @@ def evaluate(
     groups = _groups(rows, config.group_by) if config.group_by else {}
     # Before the work: wrong settings should not cost hours.
     references = [formats.reference_of(row, data) for row in rows]
-    chosen = metrics.build(config.metrics, labels=config.labels, judge=config.judge, references=references)
-    likelihoods = runner.likelihood(rows, data)
+    own = ("accuracy", "macro_f1") if data.task == "classification" else ()
+    names = list(dict.fromkeys([*own, *config.metrics]))
+    chosen = metrics.build(names, labels=config.labels, judge=config.judge, references=references)
+    likelihoods = {} if data.task == "classification" else runner.likelihood(rows, data)
     examples = runner.predict(rows, data, settings, batch_size=config.batch_size, advance=advance)
-    return summarise(likelihoods, examples, chosen, groups, config.confidence)
+    if data.task == "classification":
+        likelihoods = {"loss": mean_loss(examples)}
+    scores = summarise(likelihoods, examples, chosen, groups, config.confidence)
+    return replace(scores, confusion=classification.confusion(examples)) if data.task == "classification" else scores
+
+
+def mean_loss(examples: Sequence[Example]) -> float:
+    """Mean cross-entropy of a classifier's examples, in nats."""
+    found = [(example.probabilities or {})[example.reference] for example in examples]
+    return sum(-math.log(max(probability, 5e-324)) for probability in found) / len(found)
 
 
 def summarise(
@@ -186,6 +203,7 @@ class LikelihoodWork:
     """The likelihood of rows of data, in pieces: packed rows, the same on every machine."""
 
     def __init__(self, loaded: InferenceModel, rows: Sequence[Row], data: DataConfig) -> None:
+        loaded.check_task("causal_lm")
         encoded = encode(rows, loaded.tokenizer, data)
         tokens = TokenDataset(encoded.input_ids, encoded.loss_mask, encoded.offsets, {})
         self._packed = PackedDataset(tokens, data.max_length, packing=True)
@@ -233,13 +251,22 @@ def predict(
     Raises:
         DataError: a row is wrong, or its prompt leaves no position for an answer.
     """
-    work = PredictionWork(loaded, rows, data, config, batch_size=batch_size, seed=seed, prefix=prefix)
+    work = prediction_work(loaded, rows, data, config, batch_size=batch_size, seed=seed, prefix=prefix)
     found: dict[int, Example] = {}
     for number in range(len(work)):
         done = work.piece(number)
         found |= done
         advance(len(done))
     return [found[index] for index in range(len(rows))]
+
+
+def prediction_work(
+    loaded: InferenceModel, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, **how: Any
+) -> "PredictionWork | ClassificationWork":
+    """The work that the data's task needs; `how` are the other keywords of PredictionWork."""
+    if data.task == "classification":
+        return ClassificationWork(loaded, rows, data, batch_size=batch_size)
+    return PredictionWork(loaded, rows, data, config, batch_size=batch_size, **how)
 
 
 class PredictionWork:
@@ -256,6 +283,7 @@ class PredictionWork:
         seed: int = 0,
         prefix: PromptPrefix | None = None,
     ) -> None:
+        loaded.check_task("causal_lm")
         own = PromptPrefix.of(loaded.manifest) if prefix is None else prefix
         template = formats.chat_template(loaded.tokenizer, data)
         self._loaded, self._seed = loaded, seed

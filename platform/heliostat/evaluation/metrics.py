@@ -10,7 +10,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
@@ -37,6 +37,8 @@ class Example:
     reference: str
     tokens: int
     """Number of tokens generated."""
+    probabilities: Mapping[str, float] | None = None
+    """A classifier's, of each label."""
 
 
 class Metric(Protocol):

@@ -40,6 +40,10 @@ _CLASSES: dict[Task, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
+_NAMES: dict[Task, str] = {
+    "causal_lm": "language model",
+    "classification": "classifier (`heliostat evaluate` scores it, and the endpoint answers at /classify)",
+}
 # What the names of a task's architectures end with, in config.json.
 _ARCHITECTURES: dict[Task, str] = {"classification": "ForSequenceClassification"}
 
@@ -84,6 +88,13 @@ class InferenceModel:
     def labels(self) -> tuple[str, ...]:
         """The classes of a classifier, in the order of their numbers."""
         return tuple(self.model.config.id2label[number] for number in range(self.model.config.num_labels))
+
+    def check_task(self, needed: Task) -> None:
+        """Raises:
+        ModelError: the model is made for another task.
+        """
+        if self.task != needed:
+            raise ModelError(f"{self.path}: is a {_NAMES[self.task]}, and a {_NAMES[needed]} is needed here")
 
 
 def resolve(reference: str) -> str:

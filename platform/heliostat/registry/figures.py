@@ -1,5 +1,6 @@
-"""Figures of a training run. Knows rows of the metrics journal, and nothing of where the figures go."""
+"""Figures of trainings and evaluations. Knows their numbers, and nothing of where the figures go."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _TRAIN, _VALIDATION, _RATE, _NORM = "#4C78A8", "#E45756", "#54A24B", "#8E6C8A"
+# Labels of a confusion matrix whose numbers still find room.
+_MAX_WRITTEN = 20
 
 
 def loss_curves(
@@ -34,6 +37,30 @@ def loss_curves(
     upper.set_title(title, fontsize=13, loc="left", fontweight="bold")
     lower.set_xlabel("optimizer step", fontsize=11)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def confusion_matrix(labels: Sequence[str], counts: Sequence[Sequence[int]], title: str = "") -> Figure:
+    """How often texts of each label (rows) were taken for each label (columns); shades are shares of the row.
+
+    Numbers are written into the squares of up to 20 labels.
+    """
+    size = min(4 + 0.5 * len(labels), 16)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    matrix = np.asarray(counts)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's texts")
+    places = range(len(labels))
+    axes.set_xticks(places, labels, rotation=45, ha="right")
+    axes.set_yticks(places, labels)
+    axes.set_xlabel("predicted", fontsize=11)
+    axes.set_ylabel("label", fontsize=11)
+    axes.set_title(title, fontsize=13, loc="left", fontweight="bold")
+    for row, column in itertools.product(places, places) if len(labels) <= _MAX_WRITTEN else ():
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color)
     return figure
 
 

@@ -21,9 +21,10 @@ from heliostat.errors import DataError, RegistryError
 from heliostat.evaluation import actors, evaluator
 from heliostat.evaluation.config import GenerationSettings
 from heliostat.evaluation.evaluator import Decoding, Runner, Scores, Source
+from heliostat.evaluation.metrics import Example
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import bundle
-from heliostat.registry import tracking, versions
+from heliostat.registry import figures, tracking, versions
 from heliostat.registry.versions import ResolvedModel
 
 PREDICTIONS = "predictions.json"
@@ -46,7 +47,8 @@ def score(
     `predictions` names a file that gets one JSON line for each row.
 
     Returns {"model", "n", every metric by name, "intervals": {metric: [low, high]}, "unscored": {metric: rows without a
-    score}, "groups", "run_id", "baseline": the same of the baseline or None}.
+    score}, "groups", "labels": {label: {"precision", "recall", "f1", "n"}} of a classifier, "run_id", "baseline": the
+    same of the baseline or None}.
 
     Raises:
         UserError: the model, the data or the configuration is wrong.
@@ -83,6 +85,10 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"  {name:<16} {_cell(result, name)}{beside}")
     lines += [f"  {name:<16} {count} examples have no score" for name, count in result["unscored"].items()]
     lines += [f"  {group:<24} {s['exact_match']:.3f}  (n={s['n']})" for group, s in result["groups"].items()]
+    lines += [
+        f"  {label:<24} precision {s['precision']:.3f}  recall {s['recall']:.3f}  f1 {s['f1']:.3f}  (n={s['n']})"
+        for label, s in result["labels"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -115,6 +121,7 @@ def _flat(scores: Scores) -> dict[str, Any]:
         "intervals": intervals,
         "unscored": scores.unscored,
         "groups": scores.groups,
+        "labels": scores.confusion.per_label() if scores.confusion else {},
     }
 
 
@@ -127,7 +134,7 @@ def _test_rows(config: ExperimentConfig) -> list[Row]:
 
 def _decoding(config: ExperimentConfig, path: str, changes: Mapping[str, Any]) -> GenerationConfig | GenerationSettings:
     """How the model at `path` decodes."""
-    if not (Path(path) / bundle.MANIFEST).exists():
+    if not all((Path(path) / name).exists() for name in (bundle.MANIFEST, bundle.GENERATION_CONFIG)):
         return config.generation
     return GenerationConfig.from_dict({**GenerationConfig.from_pretrained(path).to_dict(), **changes})
 
@@ -162,7 +169,8 @@ def _write_predictions(path: Path, scores: Scores) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for example in scores.examples:
-            line = {"prompt": example.prompt, "reference": example.reference, "prediction": example.prediction}
+            line: dict[str, Any] = {"prompt": example.prompt, "reference": example.reference}
+            line |= {"prediction": example.prediction, **_probabilities(example)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.rename(temporary, path)
 
@@ -186,6 +194,9 @@ def _create_run(config: ExperimentConfig, reference: str, resolved: ResolvedMode
     run_id = tracking.start_run(config.experiment_name, "evaluation", {}, tags)
     tracking.log_metrics(run_id, scores.metrics)
     tracking.log_table(run_id, PREDICTIONS, list(_predictions(scores)))
+    if scores.confusion:
+        figure = figures.confusion_matrix(scores.confusion.labels, scores.confusion.counts, reference)
+        tracking.log_figure(run_id, "confusion_matrix", figure)
     tracking.end_run(run_id)
     return run_id
 
@@ -197,5 +208,10 @@ def _predictions(scores: Scores) -> Iterator[dict[str, Any]]:
             "prompt": example.prompt,
             "reference": example.reference,
             "prediction": example.prediction,
+            **_probabilities(example),
             **{name: None if math.isnan(mark) else mark for name, mark in marks.items()},
         }
+
+
+def _probabilities(example: Example) -> dict[str, dict[str, float]]:
+    return {"probabilities": dict(example.probabilities)} if example.probabilities else {}

@@ -114,13 +114,20 @@ def _existing_source(config: ExperimentConfig) -> str:
             f"model.model_name_or_path: {reference} holds an adapter and no whole model; name its base model, or train "
             "the adapter again with adapter.merge: true"
         )
+    if config.data.task != "classification" and base.task_of(path) == "classification":
+        raise ConfigError(
+            f"model.model_name_or_path: {reference} is a classifier, which data.format={config.data.format} does not "
+            "train; name a language model, or use data.format=classification"
+        )
     return path
 
 
 def _texts(rows: list[Row], data: DataConfig) -> Iterator[str]:
     """What a new tokenizer learns from: the rows' texts, without the marks of a chat template."""
     for row in rows:
-        if data.format == "chat":
+        if data.task == "classification":
+            yield formats.prompt_of(row, data, None)[0]
+        elif data.format == "chat":
             yield from (message["content"] for message in formats.parse_messages(row, data))
         else:
             yield from (segment.text for segment in formats.to_segments(row, data, None))

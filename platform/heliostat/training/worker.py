@@ -272,7 +272,7 @@ class Worker:
         """Validation loss over all rows; keeps the weights if it is the lowest so far."""
         with self.log.clock_stopped():
             loss = self._validation_loss()
-        self.log.evaluation(self.progress.step, loss)
+        self.log.evaluation(self.progress.step, loss, perplexity=self.spec.task != "classification")
         if self.progress.step == 0:
             return
         if self.spec.export_all:
@@ -360,9 +360,9 @@ class MetricsLog:
         )
         self.losses, self.tokens, self.since = [], 0, time.perf_counter()
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Write a validation loss."""
-        self._append(step, {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
+    def evaluation(self, step: int, loss: float, *, perplexity: bool) -> None:
+        """Write a validation loss, and its perplexity where it is one of tokens."""
+        self._append(step, {"eval_loss": loss, **({"eval_perplexity": math.exp(min(loss, 700))} if perplexity else {})})
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:

@@ -64,6 +64,8 @@ def prepare(config: ExperimentConfig, reference: str) -> Plan:
     section, defaults = config.tune_decoding, config.generation
     if config.data.format == "text":
         raise ConfigError("data.format: a decoding search needs prompts with right answers; `text` has none")
+    if config.data.task == "classification":
+        raise ConfigError("data.format: a decoding search is for models that generate; a classifier has no decoding")
     space = decoding_settings.parse_space(section.space, defaults)
     goal = section.metric or config.evaluation.metrics[0]
     objective.check([goal] if isinstance(goal, str) else list(goal))

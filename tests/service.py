@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx2
@@ -17,28 +18,32 @@ from starlette.types import ASGIApp
 from heliostat.models.base import InferenceModel
 from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.calls import Message, Resumed
+from heliostat.serving.classifier import ServedClassifier
+from heliostat.serving.classifier import answer as classify
 from heliostat.serving.config import EndpointArgs
-from heliostat.serving.generation import Request, answer
+from heliostat.serving.generation import answer
 from heliostat.serving.hosting import about
-from heliostat.serving.routing import Route, Router, Table, Version
+from heliostat.serving.routing import Request, Route, Router, Table, Version
 from heliostat.serving.served import ServedModel
 
 T = TypeVar("T")
 SIZES = {"max_batch_tokens": 64, "cache_tokens": 4096, "max_ongoing_requests": 8}
 
 
-def router_of(served: ServedModel, args: EndpointArgs, number: str | None = None) -> Router:
+def router_of(served: ServedModel | ServedClassifier, args: EndpointArgs, number: str | None = None) -> Router:
     """A router whose only version is `served`."""
+    classifies = isinstance(served, ServedClassifier)
+    answering: Any = partial(classify if classifies else answer, served)
 
     async def call(
         version: Version, request: Request, resumed: Resumed, trace: Mapping[str, str]
     ) -> AsyncGenerator[Message]:
-        async with aclosing(answer(served, request, resumed, args.max_prompt_tokens)) as messages:
+        async with aclosing(answering(request, resumed, args.max_prompt_tokens)) as messages:
             async for message in messages:
                 yield message
 
     router = Router(call, timeout_s=args.request_timeout_s)
-    version = Version("app", number, 0, **about(served))
+    version = Version("app", number, 0, **(served.about() if classifies else about(served)))
     router.table = Table(0, {served.id: Route(served.id, "models:/tiny@champion", version)})
     return router
 
@@ -46,10 +51,14 @@ def router_of(served: ServedModel, args: EndpointArgs, number: str | None = None
 @asynccontextmanager
 async def application(
     loaded: InferenceModel, args: EndpointArgs | None = None, front: Front | None = None
-) -> AsyncIterator[tuple[ServedModel, ASGIApp]]:
+) -> AsyncIterator[tuple[Any, ASGIApp]]:
     """A served model named `tiny`, and its application; `front` is that of `args` where none is given."""
     args = args or EndpointArgs(**SIZES)
-    served = await ServedModel.start(loaded, "tiny", args)
+    served: ServedModel | ServedClassifier
+    if loaded.task == "classification":
+        served = ServedClassifier(loaded, "tiny", args)
+    else:
+        served = await ServedModel.start(loaded, "tiny", args)
     try:
         front = front or Front.of(args)
         yield served, guarded(create_app(router_of(served, args), front), front)
@@ -60,7 +69,7 @@ async def application(
 @asynccontextmanager
 async def service(
     loaded: InferenceModel, args: EndpointArgs | None = None, front: Front | None = None
-) -> AsyncIterator[tuple[ServedModel, httpx2.AsyncClient]]:
+) -> AsyncIterator[tuple[Any, httpx2.AsyncClient]]:
     """The same, and a client that talks to it without a network."""
     async with application(loaded, args, front) as (served, app), connected(app) as client:
         yield served, client
@@ -77,7 +86,8 @@ class Running:
     """A service on an event loop of its own, which stands still between the calls: one for many tests."""
 
     runner: asyncio.Runner
-    served: ServedModel
+    served: Any
+    """A ServedModel or a ServedClassifier."""
     http: httpx2.AsyncClient
 
     @property

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from heliostat.data.formats import CHATML
+from heliostat.models.base import Head
 from heliostat.models.scratch import train_tokenizer
 
 KEYS: dict[str, dict[str, Any]] = {
@@ -29,6 +30,25 @@ def tokenizer() -> Any:
     made = train_tokenizer(TEXTS, 400, 128, chat=True)
     made.chat_template = CHATML
     return made
+
+
+LABELS = ("cat", "dog", "man")
+
+
+def write_classifier(folder: Path, model_type: str, labels: tuple[str, ...] = LABELS) -> Path:
+    """Write a random classifier and its tokenizer to `folder`."""
+    made = tokenizer()
+    head = Head("classification", labels, made.pad_token_id).keys()
+    config = AutoConfig.for_model(model_type, vocab_size=len(made), **KEYS[model_type])
+    config.update({**head, "eos_token_id": made.eos_token_id})
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
 
 
 def write_model(folder: Path, model_type: str) -> Path:

@@ -41,6 +41,8 @@ class Choice:
     """Log-probabilities, where they are asked for."""
     completion_tokens: int = 0
     finish_reason: str | None = None
+    probabilities: tuple[float, ...] = ()
+    """A classifier's."""
 
     def add(self, delta: Delta) -> None:
         """Append what a step added."""
@@ -48,6 +50,7 @@ class Choice:
         self.tokens += delta.logprobs
         self.completion_tokens = delta.completion_tokens
         self.finish_reason = delta.finish_reason
+        self.probabilities = delta.probabilities
 
     @property
     def mean_logprob(self) -> float:
@@ -146,6 +149,19 @@ class ChatWire(CompletionWire):
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+class ClassificationWire(CompletionWire):
+    """The answers of /classify, in vLLM's form; they are never streamed."""
+
+    prefix, whole = "classify", "list"
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        probabilities = list(choice.probabilities)
+        return {"index": index, "label": choice.text, "probs": probabilities, "num_classes": len(probabilities)}
+
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        return {**self._common, "object": self.whole, "data": choices, "usage": usage.body()}
 
 
 def _by_text(token: TokenLogprob) -> dict[str, float | None]:

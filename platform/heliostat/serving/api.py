@@ -11,17 +11,34 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from heliostat.serving import access, logs, metrics, openapi, pages, tracing
-from heliostat.serving.answers import ChatWire, CompletionWire
+from heliostat.serving.answers import ChatWire, ClassificationWire, CompletionWire
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.edge import path_of
 from heliostat.serving.exchange import Exchange, Origin, unexpected
 from heliostat.serving.keys import Key, KeyRing
-from heliostat.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest, explain, invalid_json
+from heliostat.serving.protocol import (
+    AnyRequest,
+    ApiError,
+    ChatCompletionRequest,
+    ClassificationRequest,
+    CompletionRequest,
+    explain,
+    invalid_json,
+)
 from heliostat.serving.routing import Router, card
 from heliostat.serving.tracing import Tracing
 
 logger = logging.getLogger(__name__)
-_ENDPOINTS: dict[str, metrics.Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
+_ENDPOINTS: dict[str, metrics.Endpoint] = {
+    "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+    "/classify": "classify",
+}
+_OPERATIONS: dict[metrics.Endpoint, tracing.Operation] = {
+    "completions": "text_completion",
+    "chat": "chat",
+    "classify": "classify",
+}
 
 
 @dataclass(frozen=True)
@@ -117,9 +134,7 @@ def _add_models(app: FastAPI, router: Router) -> None:
 
 
 def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
-    async def respond(
-        http: Request, request: CompletionRequest | ChatCompletionRequest, wire: CompletionWire, kind: metrics.Endpoint
-    ) -> Response:
+    async def respond(http: Request, request: AnyRequest, wire: CompletionWire, kind: metrics.Endpoint) -> Response:
         key: Key | None = http.state.key
         try:
             access.require_model(key, request.model)
@@ -129,8 +144,7 @@ def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
             raise
         origin = Origin(http.state.request_id, key.name if key else None, http.url.path)
         meter = front.metrics.request(route.id, kind)
-        operation: tracing.Operation = "chat" if kind == "chat" else "text_completion"
-        trace = front.tracing.request(operation, route.id, http.headers.get("traceparent"))
+        trace = front.tracing.request(_OPERATIONS[kind], route.id, http.headers.get("traceparent"))
         exchange = Exchange(router, request, wire, origin, meter, trace)
         await exchange.begin()
         if request.stream:
@@ -146,6 +160,10 @@ def _add_generation(app: FastAPI, router: Router, front: Front) -> None:
     async def chat(request: ChatCompletionRequest, http: Request) -> Response:
         wire = ChatWire(request.model, logprobs=bool(request.logprobs))
         return await respond(http, request, wire, "chat")
+
+    @app.post("/classify", operation_id="classify", response_model=None)
+    async def classify(request: ClassificationRequest, http: Request) -> Response:
+        return await respond(http, request, ClassificationWire(request.model), "classify")
 
 
 class _Stream(StreamingResponse):

@@ -30,6 +30,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of `token_ids`, if the request asks for them."""
+    probabilities: tuple[float, ...] = ()
+    """A classifier's, of each label; the text is then the likeliest one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from heliostat.serving.admission import Overloaded
 from heliostat.serving.calls import Accepted, Broken, Delta, Deltas, Message, Refused, Resumed, TokenLogprob
 from heliostat.serving.engine import EngineFailed
 from heliostat.serving.prompts import PromptEncoder
-from heliostat.serving.protocol import ChatCompletionRequest, CompletionRequest
+from heliostat.serving.protocol import AnyRequest, ChatCompletionRequest, ClassificationRequest, CompletionRequest
 from heliostat.serving.sampling import DecodingDefaults, InvalidRequest, SamplingParams
 
 Request = CompletionRequest | ChatCompletionRequest
@@ -49,12 +49,16 @@ class Job:
 
 
 async def answer(
-    served: Served, request: Request, resumed: Resumed, max_prompt_tokens: int | None = None
+    served: Served, request: AnyRequest, resumed: Resumed, max_prompt_tokens: int | None = None
 ) -> AsyncGenerator[Message]:
     """Accepted, then lists of deltas until each choice has its last; or Refused alone; or Broken as the end.
 
     Closing it early gives all slots back. `resumed` says what was given out before: deltas hold only what comes after.
     """
+    if isinstance(request, ClassificationRequest):
+        message = "this model is a language model; use /v1/completions or /v1/chat/completions"
+        yield Refused(400, message, "model", "wrong_task")
+        return
     try:
         prompts = await _encode(served, request, max_prompt_tokens)
         jobs = [] if request.max_tokens == 0 else _jobs(served, request, prompts)

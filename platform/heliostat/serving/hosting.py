@@ -13,13 +13,19 @@ from heliostat.models import base
 from heliostat.registry import versions
 from heliostat.serving import parity, tracing
 from heliostat.serving.calls import Message, Resumed
+from heliostat.serving.classifier import ServedClassifier
+from heliostat.serving.classifier import answer as classify
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import EngineState
-from heliostat.serving.generation import Request, Served, answer
+from heliostat.serving.generation import Served, answer
+from heliostat.serving.protocol import AnyRequest
 from heliostat.serving.served import ServedModel
 
+Answer = Callable[[AnyRequest, Resumed, int | None], AsyncGenerator[Message]]
+"""Works on (request, what was given out, most prompt tokens); see generation.answer."""
 
-class Running(Served, Protocol):
+
+class Running(Protocol):
     """A served model as its replica sees it; served.ServedModel says what each of these does."""
 
     @property
@@ -39,13 +45,24 @@ class Running(Served, Protocol):
 class Hosted:
     """A model that answers calls."""
 
-    def __init__(self, served: Running, check: Callable[[], Awaitable[None]], version: str, args: EndpointArgs) -> None:
-        """`check`: raises GateRefused where the model does not answer as it should. `version`: for traces.
+    def __init__(
+        self,
+        served: Running,
+        answering: Answer,
+        facts: dict[str, Any],
+        check: Callable[[], Awaitable[None]],
+        version: str,
+        args: EndpointArgs,
+    ) -> None:
+        """`facts`: see `about`. `check`: raises GateRefused where the model does not answer as it should. `version`:
+        for traces.
 
         Raises:
             ConfigError: tracing is asked for and not installed.
         """
         self._served = served
+        self._answer = answering
+        self._facts = facts
         self._check = check
         self._version = version
         self._max_prompt_tokens = args.max_prompt_tokens
@@ -65,20 +82,24 @@ class Hosted:
 
             source = await asyncio.to_thread(base.resolve, resolved.path)
             model = await VllmModel.start(source, model_id, args)
-            return cls(model, model.try_out, version, args)
+            return cls(model, partial(answer, model), about(model), model.try_out, version, args)
         device = "cuda" if args.num_gpus > 0 else "cpu"
         dtype = None if args.dtype == "auto" else args.dtype
         loaded = await asyncio.to_thread(base.load_for_inference, resolved.path, device=device, dtype=dtype)
+        if loaded.task == "classification":
+            found = ServedClassifier(loaded, model_id, args)
+            return cls(found, partial(classify, found), found.about(), found.check, version, args)
         served = await ServedModel.start(loaded, model_id, args)
-        return cls(served, partial(parity.check_served, served), version, args)
+        checked = partial(parity.check_served, served)
+        return cls(served, partial(answer, served), about(served), checked, version, args)
 
-    async def answer(self, request: Request, resumed: Resumed, trace: Mapping[str, str]) -> AsyncGenerator[Message]:
+    async def answer(self, request: AnyRequest, resumed: Resumed, trace: Mapping[str, str]) -> AsyncGenerator[Message]:
         """See `generation.answer`; `trace` is the W3C trace context of the caller."""
         span = self._tracing.generation(trace, self._served.id, self._version)
         tokens = 0
         problem: str | None = "cancelled"
         try:
-            async with aclosing(answer(self._served, request, resumed, self._max_prompt_tokens)) as messages:
+            async with aclosing(self._answer(request, resumed, self._max_prompt_tokens)) as messages:
                 async for message in messages:
                     if isinstance(message, list):
                         tokens += sum(len(delta.token_ids) for _, delta in message)
@@ -90,7 +111,8 @@ class Hosted:
     async def check(self) -> str | None:
         """Answer the check prompts; why the answers are not what they should be, if so.
 
-        transformers' engine must give what `generate()` gives. vLLM, whose rounding is another, must only answer.
+        transformers' engine must give what `generate()` gives, a classifier in batches what it gives alone. vLLM, whose
+        rounding is another, must only answer.
         """
         try:
             await self._check()
@@ -100,7 +122,7 @@ class Hosted:
 
     def about(self) -> dict[str, Any]:
         """See `about`."""
-        return about(self._served)
+        return self._facts
 
     def state(self) -> EngineState:
         """How the engine is doing."""
@@ -123,7 +145,7 @@ class Hosted:
 
 
 def about(served: Served) -> dict[str, Any]:
-    """What a route tells of its model: chat, max_length and decoding, as in routing.Version."""
+    """What a route tells of a language model: chat, max_length and decoding, as in routing.Version."""
     found = served.defaults.in_force()
     decoding = {
         "defaults": {name: default.value for name, default in found.items()},

@@ -28,7 +28,7 @@ NO_VERSION = "none"
 AGENT_TIMEOUT_S = 3.0
 
 Kind = Literal["counter", "gauge", "histogram"]
-Endpoint = Literal["completions", "chat"]
+Endpoint = Literal["completions", "chat", "classify"]
 Rejection = Literal[
     "invalid_request",
     "unauthorized",

@@ -90,6 +90,30 @@ def _answer(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_CLASSIFICATION = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "data", "usage"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "list"},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["index", "label", "probs", "num_classes"],
+                "properties": {
+                    "index": {"type": "integer"},
+                    "label": {"type": "string"},
+                    "probs": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}},
+                    "num_classes": {"type": "integer"},
+                },
+            },
+        },
+        "usage": {"$ref": "#/components/schemas/Usage"},
+    },
+}
 _SCHEMAS = {
     "Error": _ERROR,
     "Usage": _USAGE,
@@ -98,6 +122,7 @@ _SCHEMAS = {
     "Decoding": _DECODING,
     "Completion": _answer("text_completion", {"text": {"type": "string"}}),
     "ChatCompletion": _answer("chat.completion", {"message": {"type": "object"}}),
+    "Classification": _CLASSIFICATION,
 }
 _ANSWERS = {
     "list_models": "ModelList",
@@ -105,6 +130,7 @@ _ANSWERS = {
     "get_decoding": "Decoding",
     "create_completion": "Completion",
     "create_chat_completion": "ChatCompletion",
+    "classify": "Classification",
 }
 _ERRORS = {
     "400": "the request is wrong",

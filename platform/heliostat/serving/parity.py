@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from heliostat.data import formats, splits
-from heliostat.data.tokens import DocumentEncoder
+from heliostat.data.tokens import DocumentEncoder, text_ids
 from heliostat.errors import ConfigError, GateRefused, ModelError
 from heliostat.evaluation.completion import encode_prompt
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, bundle
 from heliostat.models.base import InferenceModel
+from heliostat.serving.classifier import ServedClassifier
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
 from heliostat.serving.lane import Lane
@@ -42,6 +43,9 @@ def check(folder: Path, prompts: Sequence[Sequence[int]], args: EndpointArgs | N
     loaded = base.load_for_inference(str(folder))
 
     async def serve() -> None:
+        if loaded.task == "classification":
+            await _check_classifier(ServedClassifier(loaded, str(folder), args or EndpointArgs()), prompts)
+            return
         served = await ServedModel.start(loaded, str(folder), args or EndpointArgs())
         try:
             await check_served(served, prompts)
@@ -49,6 +53,13 @@ def check(folder: Path, prompts: Sequence[Sequence[int]], args: EndpointArgs | N
             served.close()
 
     asyncio.run(serve())
+
+
+async def _check_classifier(served: ServedClassifier, prompts: Sequence[Sequence[int]]) -> None:
+    try:
+        await served.check_ids([list(prompt[: served.max_length]) for prompt in prompts])
+    finally:
+        served.close()
 
 
 async def check_served(served: ServedModel, prompts: Sequence[Sequence[int]] | None = None) -> None:
@@ -94,6 +105,8 @@ def prompts_for(folder: Path, count: int, config: ExperimentConfig | None = None
         raise ConfigError(
             f"promotion.parity_prompts: {count}, but without a test split of prompts there are only {len(TEXTS)}"
         )
+    if base.task_of(str(folder)) == "classification":
+        return text_ids(tokenizer, TEXTS[:count])
     reader = InferenceModel(None, tokenizer, bundle.read_manifest(folder), str(folder))  # no weights for a prompt
     return [encode_prompt(reader, text) for text in TEXTS[:count]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from heliostat.data.tokens import leading_bos
+from heliostat.data.tokens import leading_bos, text_ids
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.serving.sampling import InvalidRequest
 
@@ -47,6 +47,15 @@ class PromptEncoder:
         whole = self._prefix.text() + text
         self._check_length([whole], "prompt")
         return self._leading + await self._run(lambda: self._encode(whole))
+
+    async def whole(self, text: str) -> list[int]:
+        """The ids of a text for a classifier, with whatever special tokens the tokenizer puts around it.
+
+        Raises:
+            InvalidRequest: see `text`.
+        """
+        self._check_length([text], "input")
+        return await self._run(lambda: text_ids(self._tokenizer, [text])[0])
 
     async def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation, rendered by the model's chat template, up to where the answer begins.

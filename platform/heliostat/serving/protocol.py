@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -208,6 +208,22 @@ _SETTINGS = {
 }
 
 
+def prompts_as_list(value: Any) -> list[Any]:
+    """One prompt or several, texts or lists of token ids, as a list.
+
+    Raises:
+        PydanticCustomError: it is neither.
+    """
+    prompts = [value] if isinstance(value, str) or _is_token_list(value) else value
+    if not isinstance(prompts, list) or not all(isinstance(p, str) or _is_token_list(p) for p in prompts):
+        raise PydanticCustomError(
+            "invalid_prompt", "must be a string, a list of strings, a list of token ids, or a list of such lists"
+        )
+    if not 1 <= len(prompts) <= MAX_COMPLETIONS:
+        raise PydanticCustomError("invalid_prompt", f"must be 1 to {MAX_COMPLETIONS} prompts")
+    return prompts
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is kept as a list of texts and token lists, whatever form it came in."""
 
@@ -220,14 +236,7 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _prompts_as_list(cls, value: Any) -> Any:
-        prompts = [value] if isinstance(value, str) or _is_token_list(value) else value
-        if not isinstance(prompts, list) or not all(isinstance(p, str) or _is_token_list(p) for p in prompts):
-            raise PydanticCustomError(
-                "invalid_prompt", "must be a string, a list of strings, a list of token ids, or a list of such lists"
-            )
-        if not 1 <= len(prompts) <= MAX_COMPLETIONS:
-            raise PydanticCustomError("invalid_prompt", f"must be 1 to {MAX_COMPLETIONS} prompts")
-        return prompts
+        return prompts_as_list(value)
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Self:
@@ -338,6 +347,36 @@ class ChatCompletionRequest(GenerationRequest):
         """Tokens to generate at most: as asked, else the model's own default within the `room` left, else all of it."""
         asked = self.max_completion_tokens or self.max_tokens
         return asked or max(1, min(default or room, room))
+
+
+class ClassificationRequest(BaseModel):
+    """POST /classify, in vLLM's form. `input` is kept as a list of texts and token lists, whatever form it came in."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    input: Annotated[list[Prompt], WithJsonSchema(_PROMPT_SCHEMA)]
+    # What an exchange asks of any request.
+    stream: ClassVar[bool] = False
+    include_usage: ClassVar[bool] = False
+    n: ClassVar[int] = 1
+    candidates: ClassVar[int] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_bookkeeping(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            raise PydanticCustomError("not_an_object", "the body must be a JSON object")
+        _check_text(values)
+        return {name: value for name, value in values.items() if name not in _IGNORED}
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _texts_as_list(cls, value: Any) -> Any:
+        return prompts_as_list(value)
+
+
+AnyRequest = CompletionRequest | ChatCompletionRequest | ClassificationRequest
 
 
 def _check_text(values: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from heliostat.serving.calls import Accepted, Broken, Deltas, Message, Refused, Resumed
-from heliostat.serving.protocol import ChatCompletionRequest, CompletionRequest, model_not_found
+from heliostat.serving.protocol import AnyRequest as Request
+from heliostat.serving.protocol import model_not_found
+from heliostat.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,6 @@ PAUSE_S = 0.1
 # How often a request that waits for its first message looks whether its version is still there.
 LOOK_S = 0.5
 RETRY_AFTER_S = 2.0
-
-Request = CompletionRequest | ChatCompletionRequest
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Version:
     max_length: int
     decoding: Mapping[str, Any]
     """The settings in force: {"defaults": ..., "origin": ..., "greedy": ...}."""
+    task: Task = "causal_lm"
+    labels: tuple[str, ...] = ()
+    """A classifier's, in the order of its probabilities."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     healthy: bool = True
@@ -328,6 +331,8 @@ def card(route: Route, pinned: Version | None) -> dict[str, Any]:
             "root": route.id,
             "version": version.name,
             "status": status_of(route, pinned),
+            "task": version.task,
+            "labels": list(version.labels),
             "chat": version.chat,
             "max_length": version.max_length,
             "metrics": dict(version.metrics),

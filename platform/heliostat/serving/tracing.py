@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from heliostat.errors import ConfigError
 
-Operation = Literal["chat", "text_completion"]
+Operation = Literal["chat", "text_completion", "classify"]
 Process = Literal["gateway", "replica"]
 FIRST_TOKEN = "first_token"
 _W3C = TraceContextTextMapPropagator()

@@ -271,6 +271,8 @@ def _read(source: str) -> tuple[InferenceModel, Any, Any]:
         raise ModelError(
             f"{source}: is an adapter, and engine: vllm serves whole models; train it again with adapter.merge: true"
         )
+    if base.task_of(source) == "classification":
+        raise ModelError(f"{source}: is a classifier; set serving.engine: transformers for it")
     manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).exists() else None
     config = base.load_config(source)
     has_own = (folder / "generation_config.json").exists()

@@ -4,11 +4,14 @@ import { make, rounded } from "./dom.js";
 
 /** Fill `element` with the card of a model. */
 export function showCard(element, card) {
-  const { reference, root, version, status, max_length: length, metrics, tags, canary, loading, rejected } = card.heliostat;
+  const { reference, root, version, status, task, labels, max_length: length, metrics, tags, canary, loading, rejected } = card.heliostat;
   const parts = [
     make("h2", {}, root, " ", make("span", { className: "muted", textContent: version ? `version ${version}` : "" })),
     facts([["Follows", reference], ["Status", status], ["Context", `${length} tokens`]]),
   ];
+  if (task === "classification") {
+    parts.push(make("p", { className: "callout", textContent: `A classifier (${labels.join(", ")}): it writes no text; POST texts to /classify.` }));
+  }
   if (canary) {
     parts.push(make("p", { className: "callout", textContent: `Version ${canary.version} gets ${canary.percent}% of the requests.` }));
   }

@@ -182,7 +182,7 @@ def test_the_table_shows_every_score_beside_the_baselines(home: Path) -> None:
 
 def test_the_table_shows_intervals() -> None:
     scores = {"n": 3, "loss": 0.5, "exact_match": 0.987, "intervals": {"exact_match": [0.978, 0.9954]}, "unscored": {}}
-    text = scoring.table({"model": "m", **scores, "groups": {}, "baseline": {"model": "base", **scores}})
+    text = scoring.table({"model": "m", **scores, "groups": {}, "labels": {}, "baseline": {"model": "base", **scores}})
     assert text.splitlines() == [
         "m on 3 examples",
         "  loss             0.5000   base: 0.5000",

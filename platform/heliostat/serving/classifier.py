@@ -180,7 +180,7 @@ async def answer(
 ) -> AsyncGenerator[Message]:
     """As `generation.answer`: Accepted, then one delta for each text; or Refused alone; or Broken as the end."""
     if not isinstance(request, ClassificationRequest):
-        yield Refused(400, "this model is a classifier; use /classify", "model", "wrong_task")
+        yield Refused(400, "this model is a classifier; use /classify", "model", code="wrong_task")
         return
     try:
         texts = [text if isinstance(text, list) else await served.prompts.whole(text) for text in request.input]

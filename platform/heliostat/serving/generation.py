@@ -57,7 +57,7 @@ async def answer(
     """
     if isinstance(request, ClassificationRequest):
         message = "this model is a language model; use /v1/completions or /v1/chat/completions"
-        yield Refused(400, message, "model", "wrong_task")
+        yield Refused(400, message, "model", code="wrong_task")
         return
     try:
         prompts = await _encode(served, request, max_prompt_tokens)

@@ -32,8 +32,11 @@ SIZES = {"max_batch_tokens": 64, "cache_tokens": 4096, "max_ongoing_requests": 8
 
 def router_of(served: ServedModel | ServedClassifier, args: EndpointArgs, number: str | None = None) -> Router:
     """A router whose only version is `served`."""
-    classifies = isinstance(served, ServedClassifier)
-    answering: Any = partial(classify if classifies else answer, served)
+    answering: Any
+    if isinstance(served, ServedClassifier):
+        answering, facts = partial(classify, served), served.about()
+    else:
+        answering, facts = partial(answer, served), about(served)
 
     async def call(
         version: Version, request: Request, resumed: Resumed, trace: Mapping[str, str]
@@ -43,7 +46,7 @@ def router_of(served: ServedModel | ServedClassifier, args: EndpointArgs, number
                 yield message
 
     router = Router(call, timeout_s=args.request_timeout_s)
-    version = Version("app", number, 0, **(served.about() if classifies else about(served)))
+    version = Version("app", number, 0, **facts)
     router.table = Table(0, {served.id: Route(served.id, "models:/tiny@champion", version)})
     return router
 

@@ -22,9 +22,9 @@ from heliostat.serving import keys
 from heliostat.serving.api import Front, create_app, guarded
 from heliostat.serving.calls import Message, Resumed
 from heliostat.serving.config import EndpointArgs
-from heliostat.serving.generation import Request, answer
+from heliostat.serving.generation import answer
 from heliostat.serving.hosting import about
-from heliostat.serving.routing import Route, Router, Table, Version
+from heliostat.serving.routing import Request, Route, Router, Table, Version
 from heliostat.serving.sampling import DecodingDefaults
 from heliostat.serving.served import ServedModel
 from tests.conftest import REPOSITORY

@@ -307,5 +307,5 @@ def test_the_figure_has_the_numbers_and_labels() -> None:
     (axes, _) = figures.confusion_matrix(("ham", "spam"), [[5, 1], [0, 4]], "t").axes
     assert [text.get_text() for text in axes.texts] == ["5", "1", "0", "4"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["ham", "spam"]
-    crowded = figures.confusion_matrix([str(n) for n in range(30)], np.eye(30).tolist())
+    crowded = figures.confusion_matrix([str(n) for n in range(30)], np.eye(30, dtype=int).tolist())
     assert len(crowded.axes[0].texts) == 0

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from heliostat.data.tokens import text_ids
 from heliostat.errors import GateRefused
+from heliostat.evaluation.classification import probabilities
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
 from heliostat.serving import classifier, parity
@@ -188,7 +189,7 @@ def test_what_waits_is_bounded(loaded: InferenceModel) -> None:
 
 
 def test_a_failing_batch_fails_its_own_texts_only(loaded: InferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = classifier.probabilities
+    whole = probabilities
 
     def fails_on_seven(model: InferenceModel, texts: Any) -> Any:
         if any(7 in text for text in texts):
@@ -220,7 +221,7 @@ def test_a_version_proves_itself_before_it_is_let_in(folder: Path, monkeypatch: 
             hosted.close()
 
     assert asyncio.run(test()) is None
-    whole = classifier.probabilities
+    whole = probabilities
 
     def wrong_in_batches(model: InferenceModel, texts: Any) -> Any:
         found = whole(model, texts)

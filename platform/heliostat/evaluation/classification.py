@@ -24,7 +24,8 @@ def probabilities(loaded: InferenceModel, texts: Sequence[Sequence[int]]) -> tor
             input_ids=pad_sequence(ids, batch_first=True, padding_value=pad),
             attention_mask=pad_sequence([torch.ones_like(text) for text in ids], batch_first=True),
         ).logits
-    return logits.double().softmax(dim=-1).cpu()
+    found: torch.Tensor = logits.double().softmax(dim=-1).cpu()
+    return found
 
 
 class ClassificationWork:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from heliostat.serving.calls import Accepted, Broken, Deltas, Message, Refused, Resumed
-from heliostat.serving.protocol import AnyRequest as Request
-from heliostat.serving.protocol import model_not_found
+from heliostat.serving.protocol import AnyRequest, model_not_found
 from heliostat.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ PAUSE_S = 0.1
 # How often a request that waits for its first message looks whether its version is still there.
 LOOK_S = 0.5
 RETRY_AFTER_S = 2.0
+
+Request = AnyRequest
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rendered manifests, the pods in them, and what is wrong with them. Knows Kubernetes' and KubeRay's shapes, no rules."""
+"""Rendered manifests, the pods in them, and problems of them. Knows Kubernetes' and KubeRay's shapes, no rules."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

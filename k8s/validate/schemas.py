@@ -7,15 +7,15 @@ import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from heliostat.config import StrictModel
 from heliostat.errors import ConfigError
+from k8s.validate import prometheus
 from k8s.validate.manifests import Manifest, Problem
 
 # The oldest Kubernetes that these manifests are for.
@@ -24,65 +24,9 @@ _KUBERAY = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "ray
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Meta(BaseModel):
-    """Checked by the API server alone."""
-
-    name: str
-
-
-class _Relabeling(StrictModel):
-    action: Literal["replace", "keep", "drop", "labeldrop", "labelkeep"] = "replace"
-    sourceLabels: list[str] = []  # noqa: N815  # the operator's names
-    regex: str | None = None
-    targetLabel: str | None = None  # noqa: N815
-    replacement: str | None = None
-
-
-class _PodMetricsEndpoint(StrictModel):
-    port: str
-    path: str | None = None
-    interval: str | None = None
-    metricRelabelings: list[_Relabeling] = []  # noqa: N815
-    relabelings: list[_Relabeling] = []
-
-
-class _PodMonitorSpec(StrictModel):
-    selector: dict[str, Any]
-    jobLabel: str | None = None  # noqa: N815
-    podTargetLabels: list[str] = []  # noqa: N815
-    podMetricsEndpoints: list[_PodMetricsEndpoint]  # noqa: N815
-
-
-class _Group(StrictModel):
-    name: str
-    rules: list[dict[str, Any]]
-    """What is in them is for promtool (tests/unit/test_dashboards.py)."""
-
-
-class _PrometheusRuleSpec(StrictModel):
-    groups: list[_Group]
-
-
-class _PodMonitor(StrictModel):
-    apiVersion: Literal["monitoring.coreos.com/v1"]  # noqa: N815
-    kind: str
-    metadata: _Meta
-    spec: _PodMonitorSpec
-
-
-class _PrometheusRule(StrictModel):
-    apiVersion: Literal["monitoring.coreos.com/v1"]  # noqa: N815
-    kind: str
-    metadata: _Meta
-    spec: _PrometheusRuleSpec
-
-
-_PROMETHEUS: dict[str, type[BaseModel]] = {"PodMonitor": _PodMonitor, "PrometheusRule": _PrometheusRule}
-
-
 def check(manifest: Manifest) -> Iterator[Problem]:
     """Fields that the object's kind does not have, lacks, or wants otherwise; KubeRay's kinds are passed over."""
-    if manifest.kind in _PROMETHEUS:
+    if manifest.kind in prometheus.KINDS:
         yield from _prometheus(manifest)
     elif manifest.kind not in _KUBERAY:
         yield from _core(manifest)
@@ -100,7 +44,7 @@ def _core(manifest: Manifest) -> Iterator[Problem]:
 
 def _prometheus(manifest: Manifest) -> Iterator[Problem]:
     try:
-        _PROMETHEUS[manifest.kind].model_validate(manifest.body)
+        prometheus.KINDS[manifest.kind].model_validate(manifest.body)
     except ValidationError as error:
         for detail in error.errors():
             yield manifest.problem(_dotted(detail["loc"]), detail["msg"])
@@ -138,8 +82,8 @@ def _kuberay_schema(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(
             f"{file}: {error.strerror}. KubeRay's schemas are the files helm-chart/kuberay-operator/crds/*.yaml of its "
-            "release (name their folder with KUBERAY_CRDS=), or `kubectl get crd rayjobs.ray.io -o yaml` and so on of a "
-            "cluster with KubeRay. KUBERAY_CRDS= with nothing leaves this check out"
+            "release (name their folder with KUBERAY_CRDS=), or what `kubectl get crd rayjobs.ray.io -o yaml` and so "
+            "on say on a cluster with KubeRay. KUBERAY_CRDS= with nothing leaves this check out"
         ) from error
     versions = {version["name"]: version for version in definition["spec"]["versions"]}
     return dict(versions["v1"]["schema"]["openAPIV3Schema"])

@@ -15,7 +15,8 @@ from heliostat.serving.metrics import FAMILIES, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "k8s" / "dashboards"
 DASHBOARD = json.loads((FOLDER / "heliostat-serving.json").read_text(encoding="utf-8"))
-RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text(encoding="utf-8"))
+# A PrometheusRule; Prometheus' own rule files are what is below its `spec`.
+RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text(encoding="utf-8"))["spec"]
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 ALERTS = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 # Grafana's variables, by what they may stand for.
@@ -186,8 +187,14 @@ def promtool() -> str:
     return found
 
 
-def test_prometheus_takes_the_rules(promtool: str) -> None:
-    done = subprocess.run([promtool, "check", "rules", str(FOLDER / "alerts.yaml")], capture_output=True, text=True)
+def rule_file(folder: Path) -> Path:
+    file = folder / "rules.yaml"
+    file.write_text(yaml.safe_dump(RULES))
+    return file
+
+
+def test_prometheus_takes_the_rules(promtool: str, tmp_path: Path) -> None:
+    done = subprocess.run([promtool, "check", "rules", str(rule_file(tmp_path))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
@@ -215,7 +222,7 @@ def fires(promtool: str, folder: Path, series: dict[str, str], expected: set[str
     ]
     inputs = [{"series": name, "values": values} for name, values in series.items()]
     case = {
-        "rule_files": [str(FOLDER / "alerts.yaml")],
+        "rule_files": [str(rule_file(folder))],
         "evaluation_interval": "1m",
         "tests": [{"interval": "1m", "input_series": inputs, "promql_expr_test": queries}],
     }

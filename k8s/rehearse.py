@@ -1,8 +1,8 @@
 """Runs the manifests' own commands on this machine: `python -m k8s.rehearse`. Knows pods and volumes, no Kubernetes.
 
-From the overlay cpu-dev, as rendered: the MLflow server, the example's data, Ray's nodes with the flags that KubeRay gives
-them, each RayJob's entrypoint by `ray job submit`, and the endpoint of the RayService. Claims, Secrets and mounted files
-are folders; services are ports of 127.0.0.1. Shorter than in the cluster are only the trainings (`SHORT`).
+From the overlay cpu-dev, as rendered: the MLflow server, the example's data, Ray's nodes with the flags that KubeRay
+gives them, each RayJob's entrypoint by `ray job submit`, and the RayService's endpoint. Claims, Secrets and mounted
+files are folders; services are ports of 127.0.0.1. Only the trainings are shorter than in the cluster (`SHORT`).
 
 With --database URI MLflow uses that PostgreSQL; without, a SQLite file. Ray runs with a token, as KubeRay sets it.
 """
@@ -68,10 +68,8 @@ class Machine:
     def _made_up(self, database: str) -> dict[str, dict[str, str]]:
         """Values for all Secrets."""
         made = {name: {key: secrets.token_hex(16) for key in keys} for name, keys in references.external().items()}
-        made["mlflow-server"] |= {
-            "backend-store-uri": database,
-            "basic_auth.ini": f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nadmin_username = admin\n",
-        }
+        users = f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nadmin_username = admin\n"
+        made["mlflow-server"] |= {"backend-store-uri": database, "basic_auth.ini": users}
         made["mlflow-client"] = {"username": "admin", "password": made["mlflow-server"]["admin-password"]}
         made["api-keys"] = {}  # `heliostat keys add` writes the file
         return made

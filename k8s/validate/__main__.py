@@ -10,7 +10,7 @@ from pathlib import Path
 from heliostat.errors import ConfigError
 from k8s.validate import checks, references, render
 from k8s.validate.manifests import Manifest, Problem
-from k8s.validate.schemas import Kuberay
+from k8s.validate.schemas import HOW_TO_GET, Kuberay
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
         print(line)
     print(f"{len(everything)} objects, {len(problems)} problems", file=sys.stderr)
     if crds is None:
-        print("KubeRay's objects were not checked against its schemas: none were given", file=sys.stderr)
+        print(f"KubeRay's objects were not checked against its schemas. {HOW_TO_GET}", file=sys.stderr)
     return 1 if problems else 0
 
 

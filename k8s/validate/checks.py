@@ -7,12 +7,13 @@ from k8s.validate.manifests import Manifest, Problem
 from k8s.validate.references import External
 from k8s.validate.schemas import Kuberay
 
-_EACH = (schemas.check, kuberay.check, images.check, secrecy.check, hardening.check, serve_config.check)
+# What is asked of each object by itself.
+EACH = (schemas.check, kuberay.check, images.check, secrecy.check, hardening.check, serve_config.check)
 
 
 def installation(manifests: Sequence[Manifest], external: External, crds: Kuberay | None) -> Iterator[Problem]:
     """What is wrong with the objects of one overlay. `crds`: KubeRay's schemas; None leaves them out."""
-    checks = (*_EACH, crds.check) if crds else _EACH
+    checks = (*EACH, crds.check) if crds else EACH
     for manifest in manifests:
         for check in checks:
             yield from check(manifest)

@@ -108,7 +108,8 @@ def _room(command: Command, config: ExperimentConfig) -> Iterator[Problem]:
     for group in cluster.workers:
         cpus, gpus = amounts(group)
         fits = [there / each[name] for name, there in (("CPU", cpus), ("GPU", gpus)) if each.get(name)]
-        room += math.floor(min(fits, default=math.inf)) * group.get("maxReplicas", 0)
+        most = group.get("maxReplicas" if cluster.spec.get("enableInTreeAutoscaling") else "replicas", 0)
+        room += math.floor(min(fits, default=math.inf)) * most
     if room < training.num_workers:
         yield command.problem(
             f"training.num_workers={training.num_workers} with {each} each; the cluster has room for {room:g} at most"

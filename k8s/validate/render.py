@@ -14,7 +14,7 @@ from k8s.validate.manifests import Manifest
 
 FOLDER = Path(__file__).parents[1]
 OVERLAYS = ("cpu-dev", "gpu-prod")
-# What stands in an overlay as a comment, and which of its two folders it is for.
+# Components that one may put around an overlay, and around which of its two folders.
 OPTIONS = {"incremental-upgrade": "", "kueue": "jobs"}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -36,7 +36,7 @@ def installation(overlay: str, options: Sequence[str] = ()) -> list[Manifest]:
     found = []
     for part in ("", "jobs"):
         components = [FOLDER / "components" / name for name in options if OPTIONS[name] == part]
-        found += _objects(_render(FOLDER / "overlays" / overlay / part, components), label)
+        found += _objects(rendered(FOLDER / "overlays" / overlay / part, components), label)
     return found
 
 
@@ -44,7 +44,12 @@ def _objects(text: str, label: str) -> list[Manifest]:
     return [Manifest(label, body) for body in yaml.load_all(text, Loader=_LOADER) if body]
 
 
-def _render(folder: Path, components: Sequence[Path]) -> str:
+def rendered(folder: Path, components: Sequence[Path]) -> str:
+    """The folder's objects as YAML, with more components.
+
+    Raises:
+        ConfigError: kustomize is not there, or refuses the folder.
+    """
     if not components:
         return _run(folder)
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,6 +21,10 @@ from k8s.validate.manifests import Manifest, Problem
 # The oldest Kubernetes that these manifests are for.
 KUBERNETES = "1.31"
 _KUBERAY = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
+HOW_TO_GET = (
+    "KubeRay's schemas are the files of helm-chart/kuberay-operator/crds in its release, as KUBERAY_CRDS/ray.io_*.yaml; "
+    "or what `kubectl get crd rayjobs.ray.io -o yaml` says where it runs, and so for rayclusters and rayservices"
+)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -80,11 +84,7 @@ def _kuberay_schema(file: Path) -> dict[str, Any]:
     try:
         definition = yaml.load(file.read_text(encoding="utf-8"), Loader=_LOADER)
     except OSError as error:
-        raise ConfigError(
-            f"{file}: {error.strerror}. KubeRay's schemas are the files helm-chart/kuberay-operator/crds/*.yaml of its "
-            "release (name their folder with KUBERAY_CRDS=), or what `kubectl get crd rayjobs.ray.io -o yaml` and so "
-            "on say on a cluster with KubeRay. KUBERAY_CRDS= with nothing leaves this check out"
-        ) from error
+        raise ConfigError(f"{file}: {error.strerror}. {HOW_TO_GET}") from error
     versions = {version["name"]: version for version in definition["spec"]["versions"]}
     return dict(versions["v1"]["schema"]["openAPIV3Schema"])
 

@@ -80,7 +80,7 @@ def _arguments(manifest: Manifest, place: str, given: dict[str, Any], host: str)
     if delay < args.request_timeout_s:
         yield manifest.problem(
             "spec.rayClusterDeletionDelaySeconds",
-            f"after {delay} s an upgrade would cut requests, which may take {args.request_timeout_s:g} (request_timeout_s)",
+            f"an upgrade ends requests after {delay} s, but request_timeout_s is {args.request_timeout_s:g}",
         )
     yield from _room(manifest, place, args)
     if args.api_keys is not None:

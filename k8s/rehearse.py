@@ -57,9 +57,8 @@ class Machine:
         self._objects = {(manifest.kind, manifest.name): manifest for manifest in manifests}
         self._processes: list[subprocess.Popen[bytes]] = []
         self.ports = {"mlflow:5000": free_port(), "serve": free_port()}
-        self.token = secrets.token_hex(16)
+        self._token = secrets.token_hex(16)
         self._secrets = self._made_up(database or f"sqlite:///{folder}/mlflow.db")
-        (folder / "home").mkdir()
 
     def get(self, kind: str, name: str) -> Manifest:
         """An object of the overlay."""
@@ -112,9 +111,9 @@ class Machine:
         return {
             **image,
             "PATH": path,
-            "HOME": str(self.folder / "home"),
+            "HOME": str(mounts.get("/home/ray", self.folder)),
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self.token,
+            "RAY_AUTH_TOKEN": self._token,
             **given,
         }
 
@@ -199,18 +198,21 @@ class RayNodes:
         head = {"head": "", "port": gcs, "dashboard-port": dashboard, "node-ip-address": "127.0.0.1"}
         head |= {"ray-client-server-port": free_port()}
         params = {**cluster.head.get("rayStartParams", {}), **head, "dashboard-host": "127.0.0.1"}
-        machine.start("head", self._command(params), self.environment)
-        _wait(f"{self.dashboard}/api/version", machine.token)
+        self._start("head", params, self.environment)
         for group in cluster.workers:
             pod = group["template"]["spec"]
             params = {"address": f"127.0.0.1:{gcs}", "num-cpus": int(amounts(group)[0])}
             params |= {**group.get("rayStartParams", {}), "node-ip-address": "127.0.0.1"}
-            machine.start("worker", self._command(params), machine.environment(pod, pod["containers"][0]))
+            self._start("worker", params, machine.environment(pod, pod["containers"][0]))
 
-    def _command(self, params: dict[str, Any]) -> list[str]:
-        params = {"block": "", "metrics-export-port": free_port(), "dashboard-agent-listen-port": free_port(), **params}
+    def _start(self, name: str, params: dict[str, Any], environment: dict[str, str]) -> None:
+        """Start a node, and wait until what KubeRay's probe asks is content."""
+        agent = free_port()
+        params = {"block": "", "metrics-export-port": free_port(), "dashboard-agent-listen-port": agent, **params}
         params |= {"dashboard-agent-grpc-port": free_port(), "runtime-env-agent-port": free_port()}
-        return ["ray", "start", *(f"--{key}={value}" if value != "" else f"--{key}" for key, value in params.items())]
+        flags = [f"--{key}={value}" if value != "" else f"--{key}" for key, value in params.items()]
+        self._machine.start(name, ["ray", "start", *flags], environment)
+        _wait(f"http://127.0.0.1:{agent}/api/healthz")
 
     def submit(self, job: Manifest) -> dict[str, Any]:
         """Run a RayJob's entrypoint as the submitter's pod does, and return what its last line says."""
@@ -244,11 +246,10 @@ def endpoint(machine: Machine, nodes: RayNodes, service: Manifest) -> str:
         return str(json.load(answer)["choices"][0]["text"])
 
 
-def _wait(url: str, token: str = "") -> None:
+def _wait(url: str) -> None:
     deadline = time.monotonic() + _WAIT_S
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
             return
         time.sleep(0.5)
     raise HeliostatError(f"{url} did not answer within {_WAIT_S:g} s")

@@ -22,7 +22,7 @@ from k8s.validate.manifests import Manifest, Problem
 KUBERNETES = "1.31"
 _KUBERAY = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
 HOW_TO_GET = (
-    "KubeRay's schemas are the files of helm-chart/kuberay-operator/crds in its release, as KUBERAY_CRDS/ray.io_*.yaml; "
+    "KubeRay's schemas are the files of helm-chart/kuberay-operator/crds in a release, as KUBERAY_CRDS/ray.io_*.yaml; "
     "or what `kubectl get crd rayjobs.ray.io -o yaml` says where it runs, and so for rayclusters and rayservices"
 )
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

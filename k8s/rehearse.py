@@ -255,15 +255,14 @@ def _wait(url: str) -> None:
     raise HeliostatError(f"{url} did not answer within {_WAIT_S:g} s")
 
 
-def shortened(manifests: Sequence[Manifest]) -> Iterator[Manifest]:
-    """The objects, with an experiment that takes seconds."""
+def shortened(manifests: Sequence[Manifest], data: Path) -> Iterator[Manifest]:
+    """The objects, with an experiment that takes seconds and has the claim `data` in a folder."""
     for manifest in manifests:
         if manifest.kind == "ConfigMap" and manifest.name == "experiment":
-            values = yaml.safe_load(manifest.body["data"]["experiment.yaml"])
+            values = yaml.safe_load(manifest.body["data"]["experiment.yaml"].replace(" /data/", f" {data}/"))
             for key, value in SHORT.items():
                 config.set_key(values, key, value, key)
-            data = {"experiment.yaml": yaml.safe_dump(values)}
-            yield Manifest(manifest.source, manifest.body | {"data": data})
+            yield Manifest(manifest.source, manifest.body | {"data": {"experiment.yaml": yaml.safe_dump(values)}})
         else:
             yield manifest
 
@@ -271,7 +270,7 @@ def shortened(manifests: Sequence[Manifest]) -> Iterator[Manifest]:
 def rehearse(folder: Path, database: str | None) -> dict[str, Any]:
     """Run everything below the folder, and return what each command said."""
     said: dict[str, Any] = {}
-    machine = Machine(folder, list(shortened(render.installation("cpu-dev"))), database)
+    machine = Machine(folder, list(shortened(render.installation("cpu-dev"), folder / "claim-data")), database)
     try:
         mlflow(machine)
         example_data(machine)

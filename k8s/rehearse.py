@@ -56,7 +56,8 @@ class Machine:
         self.folder = folder
         self._objects = {(manifest.kind, manifest.name): manifest for manifest in manifests}
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.ports = {"mlflow:5000": free_port(), "serve": free_port()}
+        self.mlflow = f"127.0.0.1:{free_port()}"
+        self.serve_port = free_port()
         self._token = secrets.token_hex(16)
         self._secrets = self._made_up(database or f"sqlite:///{folder}/mlflow.db")
 
@@ -95,8 +96,7 @@ class Machine:
 
     def here(self, text: str, mounts: dict[str, Path]) -> str:
         """A word of a manifest, with paths of mounted folders and addresses of services as they are here."""
-        for service, port in self.ports.items():
-            text = text.replace(service, f"127.0.0.1:{port}")
+        text = text.replace("mlflow:5000", self.mlflow)
         for path in sorted(mounts, key=len, reverse=True):
             if text == path or text.startswith(f"{path}/"):
                 return str(mounts[path]) + text.removeprefix(path)
@@ -167,11 +167,11 @@ def mlflow(machine: Machine) -> None:
     """Start the server as its Deployment says, and wait until its probe is content."""
     pod = machine.get("Deployment", "mlflow").spec["template"]["spec"]
     container = pod["containers"][0]
-    words = [str(machine.ports["mlflow:5000"]) if word == "5000" else word for word in container["command"]]
-    words = ["127.0.0.1" if word == "0.0.0.0" else word for word in words]
+    host, port = machine.mlflow.split(":")
+    words = [{"0.0.0.0": host, "5000": port}.get(word, word) for word in container["command"]]
     machine.start("mlflow", words, machine.environment(pod, container))
     probe = container["startupProbe"]["httpGet"]["path"]
-    _wait(f"http://127.0.0.1:{machine.ports['mlflow:5000']}{probe}")
+    _wait(f"http://{machine.mlflow}{probe}")
 
 
 def example_data(machine: Machine) -> None:
@@ -227,13 +227,13 @@ def endpoint(machine: Machine, nodes: RayNodes, service: Manifest) -> str:
     keys = nodes.mounts["/etc/heliostat/keys"] / "keys.json"
     key = machine.run("keys", ["heliostat", "keys", "add", str(keys), "me"], nodes.environment).split()[0]
     settings = yaml.safe_load(service.spec["serveConfigV2"])
-    settings["http_options"] = {"host": "127.0.0.1", "port": machine.ports["serve"]}
+    settings["http_options"] = {"host": "127.0.0.1", "port": machine.serve_port}
     args = settings["applications"][0]["args"]
     args["api_keys"] = machine.here(args["api_keys"], nodes.mounts)
     file = machine.folder / "serve.yaml"
     file.write_text(yaml.safe_dump(settings))
     machine.run("serve", ["serve", "deploy", str(file), "--address", nodes.dashboard], nodes.environment, tries=5)
-    url = f"http://127.0.0.1:{machine.ports['serve']}"
+    url = f"http://127.0.0.1:{machine.serve_port}"
     _wait(f"{url}/-/healthz")  # what KubeRay's probe of the workers asks
     _wait(f"{url}/health")
     with contextlib.suppress(urllib.error.HTTPError):

@@ -107,10 +107,10 @@ def _room(command: Command, config: ExperimentConfig) -> Iterator[Problem]:
     room = 0.0
     for group in cluster.workers:
         cpus, gpus = amounts(group)
-        fits = [there / each[name] for name, there in (("CPU", cpus), ("GPU", gpus)) if each.get(name)]
+        fits = [there // each[name] for name, there in (("CPU", cpus), ("GPU", gpus)) if each.get(name)]
         most = group.get("maxReplicas" if cluster.spec.get("enableInTreeAutoscaling") else "replicas", 0)
-        room += math.floor(min(fits, default=math.inf)) * most
-    if room < training.num_workers:
+        room += min(fits, default=math.inf) * most if most else 0
+    if room < training.min_workers:
         yield command.problem(
             f"training.num_workers={training.num_workers} with {each} each; the cluster has room for {room:g} at most"
         )

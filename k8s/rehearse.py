@@ -139,13 +139,13 @@ class Machine:
             HeliostatError: it failed, at each try.
         """
         print(f"+ {shlex.join(command)}", file=sys.stderr)
-        for _ in range(tries):
+        for attempt in range(tries):
+            time.sleep(2 if attempt else 0)
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, cwd=self.folder, check=False
             )
             if done.returncode == 0:
                 return done.stdout
-            time.sleep(2)
         raise HeliostatError(
             f"{name} ended with exit code {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         )

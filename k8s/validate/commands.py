@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heliostat import cli, experiment
+from heliostat.command import parser_of
 from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
 from k8s.validate.capacity import amounts
@@ -64,7 +65,7 @@ def _heliostat(command: Command, arguments: list[str], manifests: Sequence[Manif
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            options = cli._parser(verb).parse_intermixed_args(rest)
+            options = parser_of(verb, cli.COMMANDS[verb]).parse_intermixed_args(rest)
     except SystemExit:
         yield command.problem(complaint.getvalue().strip().splitlines()[-1])
         return

@@ -51,10 +51,11 @@ class Upload:
         Raises:
             DataError: there are none.
         """
-        if _is_elsewhere(source) or self._is_mounted(self._whole(source)):
-            return source if _is_elsewhere(source) else self._place(source)
-        for path in records.local_files(source):
-            self.file(str(path))
+        if _is_elsewhere(source):
+            return source
+        if not self._is_mounted(self._whole(source)):
+            for path in records.local_files(source):
+                self.file(str(path))
         return self._place(source)
 
     def model(self, reference: str) -> str:

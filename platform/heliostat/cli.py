@@ -147,6 +147,12 @@ def _show_train(result: Result) -> str:
     return f"{result['model_uri']}\nbundle {result['bundle']}\nrun {result['run_id']}\n{metrics}"
 
 
+def _audit(options: argparse.Namespace) -> Result:
+    from heliostat.training import auditing
+
+    return auditing.command(_load(options), None if options.json else options.write)
+
+
 def _tune_training(options: argparse.Namespace) -> Result:
     config = _load(options)
     from heliostat.tuning import training_search
@@ -442,6 +448,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command("train a model and register it", _config_arguments, _train, _show_train),
     "resume": Command("go on with an unfinished training run", _resume_arguments, _resume, _show_train),
+    "audit": Command("show what training would learn", _config_arguments, _audit, lambda _: "fit to be trained on"),
     "tune-training": Command(
         "search values of training keys with Ray Tune", _config_arguments, _tune_training, _show_tune_training
     ),

@@ -4,6 +4,7 @@ HeliostatError            exit code 1: the work failed
 ├── UserError             exit code 2: the input is wrong; the message names the file, line, key or flag to change
 │   ├── ConfigError       the YAML file or an override
 │   ├── DataError         a data file, a line of it, a column
+│   │   └── AuditFailed   data that can be read, but should not be trained on
 │   ├── ModelError        a model, tokenizer or bundle that cannot be loaded or must not be trusted
 │   ├── RegistryError     a registered model, version or alias that does not exist
 │   └── ResourceError     workers, GPUs, ports or disk that are not there
@@ -37,6 +38,15 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file is missing, unreadable or malformed."""
+
+
+class AuditFailed(DataError):
+    """An audit of the data found what `data.audit` does not allow."""
+
+    def __init__(self, message: str, facts: Mapping[str, Any]) -> None:
+        """`facts` are those of the audit."""
+        super().__init__(message)
+        self.facts = facts
 
 
 class ModelError(UserError):

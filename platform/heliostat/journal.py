@@ -10,11 +10,23 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One value of one metric."""
+
+    name: str
+    value: float
+    step: int
+    time: float
+    """Unix seconds."""
 
 
 def append(path: Path, step: int, metrics: Mapping[str, float], note: str | None = None) -> None:
@@ -43,6 +55,18 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[di
             if row is not None:
                 rows.append(row)
     return rows, offset
+
+
+def unseen(rows: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> Iterator[Scalar]:
+    """The finite metrics of steps that come after those in `steps` (metric -> last step), which is brought up to date.
+
+    Steps that a resumed training repeats thereby come up once.
+    """
+    for row in rows:
+        for name, value in row["metrics"].items():
+            if row["step"] > steps.get(name, -1) and math.isfinite(value):
+                steps[name] = row["step"]
+                yield Scalar(name, value, row["step"], row["time"])
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

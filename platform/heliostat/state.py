@@ -21,6 +21,11 @@ def runs() -> Path:
     return folder() / "runs"
 
 
+def audits() -> Path:
+    """Where `heliostat audit` keeps the last audit of each experiment."""
+    return folder() / "audits"
+
+
 def token_cache() -> Path:
     """Tokenised data, keyed by content and configuration."""
     return folder() / "tokens"

@@ -154,6 +154,8 @@ def test_a_sample_longer_than_the_block_says_what_to_do(experiment: Experiment) 
         (["data.train=nowhere/*.jsonl"], "nowhere/*.jsonl: matches no file"),
         (["data.train=null"], "data.train is missing"),
         (["data.validation=gone.csv"], "gone.csv: no such file"),
+        (["data.test=gone.csv"], "gone.csv: no such file"),
+        (["training.report_to=tensorboard"], "runs and models are registered in MLflow; write [mlflow, tensorboard]"),
         (["data.validation_size=12"], "leaves none of the 12 rows"),
         (["training.learning_rte=1"], "override training.learning_rte: unknown key `training.learning_rte`; did you "
          "mean `training.learning_rate`?"),

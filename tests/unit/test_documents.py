@@ -12,6 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from heliostat import config, experiment
 from heliostat.cli import COMMANDS
+from heliostat.data.config import SEVERITIES, AuditConfig
 from heliostat.models.config import AdapterConfig
 from heliostat.serving import protocol
 from heliostat.serving.config import AutoscalingArgs, CanaryArgs, EndpointArgs, ServingConfig
@@ -52,6 +53,15 @@ def test_commands_and_their_settings_exist(line: str) -> None:
 def test_training_methods_are_what_the_guide_says(block: str) -> None:
     AdapterConfig.model_validate(yaml.safe_load(block)["adapter"])
     assert all(f"`{name}`" in DOCUMENTS["training.md"] for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"))
+
+
+def test_the_checks_of_an_audit_are_told_with_their_severities_and_limits() -> None:
+    text = DOCUMENTS["data.md"]
+    assert {check.strip("`"): severity.split("`")[1] for check, _, severity in rows(text, "check")} == SEVERITIES
+    (block,) = re.findall(r"```yaml\n(data:.*?)```", text, re.DOTALL)
+    told = yaml.safe_load(block)["data"]["audit"]
+    assert AuditConfig(**told).model_dump(exclude={"severity"}) == AuditConfig().model_dump(exclude={"severity"})
+    assert told.keys() == AuditConfig.model_fields.keys()
 
 
 def test_the_readmes_table_has_every_command() -> None:

@@ -8,11 +8,8 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from heliostat.data import audit
 from heliostat.data.packing import IGNORED, PackedDataset, PackedRow, collate, pack
 from heliostat.data.tokens import Counts, Encoded, TokenDataset
-from heliostat.errors import DataError
-from heliostat.models.scratch import train_tokenizer
 
 VOCABULARY = 97
 PAD = 0
@@ -160,20 +157,3 @@ def test_packed_and_unpacked_losses_and_gradients_agree(tmp_path: Path, family: 
     torch.testing.assert_close(together, torch.stack(single).sum(), rtol=1e-5, atol=0)
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_the_summary_shows_what_is_learned_and_refuses_a_split_that_teaches_nothing(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(["the quick brown fox"] * 5, 300, 64, chat=False)
-    parts = [tokenizer("the quick")["input_ids"], [*tokenizer(" fox")["input_ids"], tokenizer.eos_token_id]]
-    ids = np.array(parts[0] + parts[1], dtype=np.int32)
-    mask = np.array([False] * len(parts[0]) + [True] * len(parts[1]))
-    offsets = np.array([0, len(ids)], dtype=np.int64)
-    counts = Counts(1, 1, len(ids), len(parts[1]), 0, 0)
-    Encoded(ids, mask, offsets, counts).save(tmp_path / "good", "train")
-    text = audit.summary(PackedDataset(TokenDataset.open(tmp_path / "good"), 32), tokenizer)
-    assert "document 0: the quick[ fox<|endoftext|>]" in text
-    assert "EOS is learned at the end of 1 of 1 documents" in text
-    assert f"{len(parts[1])} learned" in text
-    Encoded(ids, np.zeros_like(mask), offsets, counts).save(tmp_path / "bad", "train")
-    with pytest.raises(DataError, match="train: no token carries loss"):
-        audit.summary(PackedDataset(TokenDataset.open(tmp_path / "bad"), 32), tokenizer)

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
 from heliostat.data import splits
-from heliostat.errors import DataError, ModelError, RegistryError
+from heliostat.errors import ConfigError, DataError, ModelError, RegistryError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import scoring, store, versions
 from tests import tiny
@@ -161,13 +162,17 @@ def test_a_baseline_may_be_any_model(home: Path, registered: str, tmp_path: Path
 
 
 def test_predictions_are_written_in_the_order_of_the_rows(home: Path, tmp_path: Path) -> None:
-    file = tmp_path / "predictions.jsonl"
-    score(home, str(home / "bundle"), str(file))
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    file = tmp_path / "predictions.parquet"
+    result = score(home, str(home / "bundle"), str(file), metrics=["exact_match", "chrf"])
+    lines = pyarrow.parquet.read_table(file).to_pylist()
     assert [line["prompt"] for line in lines] == tiny.TEXTS[:5]
-    assert [line["reference"] for line in lines] == [" house"] * 5
-    assert all(isinstance(line["prediction"], str) for line in lines)
+    logged = logged_table(result["run_id"])
+    assert list(lines[0]) == list(logged[0])
+    for line, row in zip(lines, logged, strict=True):
+        assert line == {**row, "chrf": pytest.approx(row["chrf"], rel=1e-9)}, "MLflow writes ten digits"
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    with pytest.raises(ConfigError, match="unknown kind of file"):
+        score(home, "./gone", str(tmp_path / "predictions.xlsx"))
 
 
 def test_the_table_shows_every_score_beside_the_baselines(home: Path) -> None:

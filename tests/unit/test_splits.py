@@ -57,6 +57,15 @@ def test_identical_rows_never_leak_into_another_split(tmp_path: Path) -> None:
     assert len(splits["test"]) == len(splits["validation"]) == 40
 
 
+def test_rows_that_differ_in_white_space_stay_together(tmp_path: Path) -> None:
+    plain = [f"row {i}" for i in range(100)]
+    spaced = [f" row  {i} " for i in range(0, 100, 2)]
+    splits = load_splits(config(train=write(tmp_path / "t.csv", [*plain, *spaced]), test_size=30), seed=3)
+    found = [{" ".join(text.split()) for text in texts(splits[name])} for name in ("train", "test")]
+    assert not set.intersection(*found)
+    assert len(splits["test"]) == 30 > len(found[1])
+
+
 def test_sample_limits_act_after_splitting(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", [f"row {i}" for i in range(100)])
     whole = load_splits(config(train=path, validation_size=20, test_size=20), seed=1)

@@ -2,17 +2,80 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from heliostat.config import StrictModel
 from heliostat.tasks import Task
 
 Format = Literal["text", "prompt_completion", "alpaca", "chat", "classification"]
+Severity = Literal["info", "warning", "error"]
+Check = Literal[
+    "nothing_learned",
+    "eos_not_learned",
+    "truncated",
+    "dropped",
+    "empty",
+    "duplicates",
+    "validation_leakage",
+    "test_leakage",
+    "unseen_label",
+    "label_imbalance",
+]
+
+SEVERITIES: dict[Check, Severity] = {
+    "nothing_learned": "error",
+    "eos_not_learned": "error",
+    "truncated": "warning",
+    "dropped": "warning",
+    "empty": "warning",
+    "duplicates": "warning",
+    "validation_leakage": "warning",
+    "test_leakage": "error",
+    "unseen_label": "warning",
+    "label_imbalance": "warning",
+}
+"""How bad it is that a check finds something, unless `data.audit.severity` says otherwise."""
 
 
 def task_of(data_format: Format) -> Task:
     """What a model learns from rows of this format."""
     return "classification" if data_format == "classification" else "causal_lm"
+
+
+class AuditConfig(StrictModel):
+    """What an audit of the data finds, before every training and by `heliostat audit`, and when that ends the command.
+
+    Each `max_*` is the fraction up to which a finding is told as `info` only, whatever its severity.
+    """
+
+    fail_on: Literal["warning", "error"] = "error"
+    """The least severity that ends the command."""
+    severity: dict[Check, Severity | Literal["ignore"]] = Field(default_factory=dict)
+    """Check -> its severity, or ignore; for those that are to be other than usual."""
+    max_truncated: float = Field(0.05, ge=0, le=1)
+    """Of the documents of a split: cut at max_length, so that their end is not learned."""
+    max_dropped: float = Field(0.05, ge=0, le=1)
+    """Of the rows of a split: left out as too long."""
+    max_empty: float = Field(0, ge=0, le=1)
+    """Of the rows of a split: with an empty prompt or message."""
+    max_duplicates: float = Field(0.1, ge=0, le=1)
+    """Of the rows of a split: equal to an earlier one, white space aside."""
+    max_leakage: float = Field(0.01, ge=0, le=1)
+    """Of the validation or test rows: also in a split that the model is trained or chosen on."""
+    max_label_share: float = Field(0.95, ge=0, le=1)
+    """Of the training rows: with the most frequent label."""
+    samples: NonNegativeInt = 2
+    """Training documents that are shown."""
+
+    @model_validator(mode="after")
+    def _nothing_learned_is_an_error(self) -> Self:
+        if "nothing_learned" in self.severity:
+            raise ValueError("a split that teaches nothing cannot be trained on; leave nothing_learned out of severity")
+        return self
+
+    def severity_of(self, check: Check) -> Severity | Literal["ignore"]:
+        """How bad it is that this check finds something."""
+        return self.severity.get(check, SEVERITIES[check])
 
 
 class DataConfig(StrictModel):
@@ -49,6 +112,7 @@ class DataConfig(StrictModel):
     max_train_samples: PositiveInt | None = None
     max_validation_samples: PositiveInt | None = None
     max_test_samples: PositiveInt | None = None
+    audit: AuditConfig = AuditConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -1,12 +1,13 @@
 """Rows -> train, validation and test rows. Knows nothing of what a row means, except how a `text` document is cut.
 
-Which rows are held out depends on their content and the seed only: identical rows always land in the same split, and
-neither the order of the files nor `max_train_samples` changes the choice.
+Which rows are held out depends on their content and the seed only: rows that are equal, white space aside, always
+land in the same split, and neither the order of the files nor `max_train_samples` changes the choice.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 from heliostat.data.config import DataConfig
 from heliostat.data.formats import field_text
@@ -65,12 +66,24 @@ def _hold_out(rows: list[Row], sizes: dict[str, float], config: DataConfig, seed
 
 
 def _groups_by_hash(rows: Sequence[Row], seed: int) -> list[list[int]]:
-    """Indices of identical rows together, the groups in the order of their hash with the seed."""
+    """Indices of equal rows together, the groups in the order of their lowest hash with the seed."""
     groups: dict[bytes, list[int]] = {}
+    lowest: dict[bytes, bytes] = {}
     for index, row in enumerate(rows):
-        digest = hashlib.sha256(f"{seed}\n".encode() + row.content()).digest()
-        groups.setdefault(digest, []).append(index)
-    return [groups[digest] for digest in sorted(groups)]
+        equal = dataclasses.replace(row, fields=_single_spaced(row.fields)).content()
+        order = hashlib.sha256(f"{seed}\n".encode() + row.content()).digest()
+        groups.setdefault(equal, []).append(index)
+        lowest[equal] = min(order, lowest.get(equal, order))
+    return [groups[equal] for equal in sorted(groups, key=lowest.__getitem__)]
+
+
+def _single_spaced(value: Any) -> Any:
+    """The value with each run of white space in its texts as one space, none at their ends."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, dict):
+        return {key: _single_spaced(each) for key, each in value.items()}
+    return [_single_spaced(each) for each in value] if isinstance(value, list) else value
 
 
 def _take(groups: list[list[int]], count: int, name: str, total: int) -> list[int]:

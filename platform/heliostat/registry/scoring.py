@@ -1,9 +1,7 @@
 """`heliostat evaluate`: score a model beside a baseline, and record the scores on its registered version."""
 
 import hashlib
-import json
 import math
-import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import DataError, RegistryError
 from heliostat.evaluation import actors, evaluator
+from heliostat.evaluation import predictions as prediction_files
 from heliostat.evaluation.config import GenerationSettings
 from heliostat.evaluation.evaluator import Decoding, Runner, Scores, Source
 from heliostat.evaluation.metrics import Example
@@ -44,7 +43,7 @@ def score(
     the config's `generation` section.
 
     Each call is an MLflow run named `evaluation` with the scores and the predictions, below the run of the version.
-    `predictions` names a file that gets one JSON line for each row.
+    `predictions` names a .jsonl, .csv or .parquet file that gets the predictions too.
 
     Returns {"model", "n", every metric by name, "intervals": {metric: [low, high]}, "unscored": {metric: rows without a
     score}, "groups", "labels": {label: {"precision", "recall", "f1", "n"}} of a classifier, "run_id", "baseline": the
@@ -53,6 +52,8 @@ def score(
     Raises:
         UserError: the model, the data or the configuration is wrong.
     """
+    if predictions:
+        prediction_files.check(Path(predictions))
     reference = reference or f"models:/{config.registered_model_name}@challenger"
     rows = _test_rows(config)
     resolved = versions.resolve(reference)
@@ -70,7 +71,7 @@ def score(
                 beside = _flat(_evaluate(config, runner, rows, settings or config.generation, console, "baseline"))
             result["baseline"] = {"model": config.evaluation.baseline, **beside}
     if predictions:
-        _write_predictions(Path(predictions), scores)
+        prediction_files.write(Path(predictions), list(_predictions(scores)))
     if resolved.name and resolved.version:
         versions.log_evaluation(resolved.name, resolved.version, scores.metrics, data=data_digest(rows, config.data))
     return result | {"run_id": _log_run(config, reference, resolved, scores, console)}
@@ -163,16 +164,6 @@ def _baseline(config: ExperimentConfig, evaluated: ResolvedModel) -> Source | No
     if reference == "base":
         reference = str(config.model.model_name_or_path)
     return Source(versions.resolve(reference).path)
-
-
-def _write_predictions(path: Path, scores: Scores) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for example in scores.examples:
-            line: dict[str, Any] = {"prompt": example.prompt, "reference": example.reference}
-            line |= {"prediction": example.prediction, **_probabilities(example)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.rename(temporary, path)
 
 
 def _log_run(

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -141,7 +141,10 @@ class Tracker:
             if offset == self._progress.offset:
                 return
             steps = dict(self._progress.steps)
-            metrics = list(_new_metrics(rows, steps))
+            metrics = [
+                Metric(_valid_key(new.name), new.value, int(new.time * 1000), new.step)
+                for new in journal.unseen(rows, steps)
+            ]
             client.log_batch(self._progress.run_id, metrics=metrics, synchronous=True)  # in requests of 1000 metrics
             self._progress.offset, self._progress.steps = offset, steps
             self._save()
@@ -234,18 +237,6 @@ def _create_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     cut = [Param(key, value[: limits.MAX_PARAM_VAL_LENGTH]) for key, value in flatten(params).items()]
     client.log_batch(run_id, params=cut, synchronous=True)  # in requests of 100 params
-
-
-def _new_metrics(rows: Sequence[Mapping[str, Any]], steps: dict[str, int]) -> Iterator[Metric]:
-    """The metrics of steps that come after those in `steps`, which is brought up to date.
-
-    Steps that a resumed training repeats are thereby shipped once.
-    """
-    for row in rows:
-        for name, value in row["metrics"].items():
-            if row["step"] > steps.get(name, -1) and math.isfinite(value):
-                steps[name] = row["step"]
-                yield Metric(_valid_key(name), value, int(row["time"] * 1000), row["step"])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,11 +9,14 @@ from pydantic import (
     PlainValidator,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from heliostat.config import StrictModel
 from heliostat.evaluation.config import MetricName
+
+Reporter = Literal["mlflow", "tensorboard"]
 
 
 def _num_workers(value: Any) -> int | tuple[int, int]:
@@ -76,6 +79,8 @@ class TrainingConfig(StrictModel):
     fp16: bool = False
     gradient_checkpointing: bool = False
     logging_steps: PositiveInt = 1
+    report_to: list[Reporter] = Field(["mlflow"])
+    """Where metrics go beside the run folder's journal; `all` is [mlflow, tensorboard]."""
     eval_steps: PositiveInt | None = None
     """Steps between evaluations; default: once an epoch, and at the end."""
     save_steps: PositiveInt | None = None
@@ -90,6 +95,20 @@ class TrainingConfig(StrictModel):
     """eval_loss, or a metric of generated answers to the validation rows, which are scored beside the training."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations without a lower validation loss."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        if value == "all":
+            return ["mlflow", "tensorboard"]
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _with_mlflow(cls, value: list[Reporter]) -> list[Reporter]:
+        if "mlflow" not in value:
+            raise ValueError("runs and models are registered in MLflow; write [mlflow, tensorboard], or all")
+        return value
 
     @model_validator(mode="after")
     def _one_precision(self) -> Self:

@@ -3,7 +3,10 @@
 <storage path>/<name>-0001/
     run.json        status (running, trained, finished; stopped), config hash, attempts
     config.yaml     the resolved configuration
-    data.json       files with hashes, counts; data.txt: which tokens are learned
+    data.json       files with hashes, counts
+    audit.json      what the audit found; data.txt: the same for people, with which tokens are learned;
+                    token_lengths.png
+    tensorboard/    event files, with training.report_to: [mlflow, tensorboard]
     init/           tokenizer and config of a model from scratch
     metrics.jsonl   every metric of every logged step
     checkpoints/    see heliostat.training.checkpoint

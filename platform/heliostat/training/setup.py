@@ -17,7 +17,7 @@ from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, scratch
 from heliostat.registry import versions
-from heliostat.training import order, zero
+from heliostat.training import event_files, order, zero
 from heliostat.training.runs import Run
 from heliostat.training.spec import WorkerSpec
 
@@ -54,6 +54,7 @@ def check(config: ExperimentConfig) -> None:
         )
     if training.class_weights and config.data.task != "classification":
         raise ConfigError(f"training.class_weights needs data.format=classification, not {config.data.format}; drop it")
+    event_files.check(training.report_to)
     zero.deepspeed_config(training, num_parameters=1)
     if config.adapter.use_dora and zero.stage(training) == 3:
         raise ConfigError(

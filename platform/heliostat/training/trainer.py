@@ -11,13 +11,12 @@ from rich.console import Console
 
 from heliostat import config as configuration
 from heliostat import journal, state
-from heliostat.data import audit, prepare, splits
-from heliostat.data.packing import PackedDataset
-from heliostat.data.tokens import TokenDataset
+from heliostat.data import splits
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
-from heliostat.training import bundling, group, runs, setup
+from heliostat.training import auditing, bundling, event_files, group, runs, setup
+from heliostat.training.auditing import Audited
 from heliostat.training.checkpoint_scores import CheckpointScores
 from heliostat.training.runs import Run
 from heliostat.training.setup import Plan, Source
@@ -51,7 +50,7 @@ def train(config: ExperimentConfig, console: Console, run: Run | None = None) ->
     storage = Path(config.storage_path) if config.storage_path else state.runs()
     run = run or runs.open_run(storage.absolute(), config.name, config_hash(config), config.resume)
     with runs.released(run, journal.NAME):
-        job = _prepare(config, run)
+        job = _prepare(config, run, console)
         console.print(f"{'going on with' if run.resumed else 'run'} {run.folder}", highlight=False)
         console.print(str(job.plan), highlight=False)
         with _tracked(config, job, {}) as tracker:
@@ -70,7 +69,7 @@ def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: 
     """
     setup.check(config)
     with runs.released(run, journal.NAME):
-        job = _prepare(config, run, evaluations)
+        job = _prepare(config, run, console, evaluations)
         with _tracked(config, job, tags) as tracker:
             _run_workers(config, job, console)
         tracker.finish()
@@ -79,7 +78,8 @@ def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: 
 def config_hash(config: ExperimentConfig) -> str:
     """Equal for configurations that give the same weights, however they are stored, registered or served."""
     same = {"name", "seed", "model", "adapter", "data", "training"}
-    return configuration.fingerprint(config.model_dump(mode="json", include=same))
+    without = {"data": {"audit"}, "training": {"report_to"}}
+    return configuration.fingerprint(config.model_dump(mode="json", include=same, exclude=without))
 
 
 @dataclass(frozen=True)
@@ -94,35 +94,30 @@ class _Job:
     lineage: dict[str, Any]
 
 
-def _prepare(config: ExperimentConfig, run: Run, evaluations: int = 1) -> _Job:
-    rows = splits.load_splits(config.data, config.seed, ("train", "validation"))
+def _prepare(config: ExperimentConfig, run: Run, console: Console, evaluations: int = 1) -> _Job:
+    rows = splits.load_splits(config.data, config.seed)
     setup.check_best(config, rows)
     source = setup.load_source(config, rows["train"], run.folder / "init")
-    data = source.data(config.data)
-    prepared = prepare.prepare(rows, data, source.tokenizer, config.seed, state.token_cache())
-    _record_data(run, config, prepared, source)
+    audited = auditing.look(rows, source.data(config.data), source.tokenizer, config.seed)
+    _record_data(run, config, audited)
+    if not run.resumed:
+        auditing.tell(audited.report, console)
+    audited.report.check()
+    prepared = audited.prepared
     plan = setup.plan(config, run, source, prepared.splits, evaluations)
     run.note(total_steps=plan.spec.total_steps)
     lineage = bundling.lineage(config_hash(config), prepared.manifest["data_sha256"], run.name)
     return _Job(run, source, prepared.splits, prepared.manifest, plan, lineage)
 
 
-def _record_data(run: Run, config: ExperimentConfig, prepared: prepare.Prepared, source: Source) -> None:
-    """Write config.yaml, data.json and data.txt; a resumed run must find the data as it was."""
-    before = run.folder / "data.json"
-    if before.exists() and json.loads(before.read_text())["cache_key"] != prepared.manifest["cache_key"]:
+def _record_data(run: Run, config: ExperimentConfig, audited: Audited) -> None:
+    """Write config.yaml, data.json and the audit; a resumed run must find the data as it was."""
+    before, manifest = run.folder / "data.json", audited.prepared.manifest
+    if before.exists() and json.loads(before.read_text())["cache_key"] != manifest["cache_key"]:
         raise ConfigError(f"the data changed since {run.folder} was started; resume=never starts a new run")
     (run.folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-    summaries = [
-        audit.summary(
-            PackedDataset(TokenDataset.open(path), config.data.max_length, packing=config.data.packing),
-            source.tokenizer,
-            labels=source.labels,
-        )
-        for path in prepared.splits.values()
-    ]
-    (run.folder / "data.txt").write_text("\n\n".join(summaries), encoding="utf-8")
-    runs.write_atomically(before, json.dumps(prepared.manifest, indent=2))
+    audited.save(run.folder)
+    runs.write_atomically(before, json.dumps(manifest, indent=2))
 
 
 @contextlib.contextmanager
@@ -134,7 +129,8 @@ def _tracked(config: ExperimentConfig, job: _Job, tags: Mapping[str, str]) -> It
     with group.place(config.training) if job.run.status == "running" else contextlib.nullcontext():
         tracker.start()
         try:
-            yield tracker
+            with event_files.following(config.training.report_to, job.run.folder):
+                yield tracker
         except BaseException as error:
             # Ray's drivers make a SystemExit of a SIGTERM, such as a stopped job gets.
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -167,7 +163,7 @@ def _publish(config: ExperimentConfig, job: _Job, bundle: Path, run_id: str | No
     rows, _ = journal.read(run.folder / journal.NAME)
     tracking.log_figure(run_id, "loss_curves", figures.loss_curves(rows, run.name))
     tracking.log_artifacts_of_run(
-        run_id, {name: run.folder / name for name in ("config.yaml", "data.json", "data.txt")}
+        run_id, {name: run.folder / name for name in ("config.yaml", "data.json", *auditing.FILES)}
     )
     tracking.log_dataset(run_id, job.manifest)
     name = config.registered_model_name if config.registry.register_model else None

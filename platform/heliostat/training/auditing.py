@@ -1,0 +1,93 @@
+"""The audit of an experiment's data: of all splits, before a training or by itself. Knows no workers."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from heliostat import state
+from heliostat.data import audit, audit_view, prepare, splits
+from heliostat.data.config import DataConfig
+from heliostat.data.prepare import Prepared
+from heliostat.data.records import Row
+from heliostat.data.tokens import TokenDataset
+from heliostat.experiment import ExperimentConfig
+from heliostat.training import runs, setup
+
+FILES = ("audit.json", "data.txt", "token_lengths.png")
+"""What `Audited.save` writes: the report, the same as text, and the figure."""
+Rows = Mapping[str, Sequence[Row]]
+
+
+@dataclass(frozen=True)
+class Audited:
+    """Tokenised data and what is to be said of it."""
+
+    prepared: Prepared
+    """The training and validation splits."""
+    report: audit.Report
+    lengths: dict[str, Any]
+    """Split -> tokens of each document, [documents]."""
+    max_length: int
+
+    def save(self, folder: Path) -> None:
+        """Write `FILES` to the folder, each whole or not at all."""
+        runs.write_atomically(folder / "audit.json", json.dumps(asdict(self.report), indent=2, ensure_ascii=False))
+        runs.write_atomically(folder / "data.txt", audit_view.text(self.report) + "\n")
+        temporary = folder / "token_lengths.png.tmp"
+        audit_view.figure(self.report, self.lengths, self.max_length).savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, folder / "token_lengths.png")
+
+
+def command(config: ExperimentConfig, write: Callable[[str], None] | None) -> dict[str, Any]:
+    """What `heliostat audit` does: the report, and `folder`, where `FILES` are. `write`: shows it on stdout.
+
+    Raises:
+        UserError: the configuration, the data or the model is wrong; AuditFailed: there is a finding that forbids
+            training.
+    """
+    audited = _audit(config)
+    folder = state.audits() / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    audited.save(folder)
+    if write is not None:
+        # Not sys.stdout, which is stderr while a command runs.
+        write(f"{audit_view.text(audited.report, Console(file=sys.__stdout__))}\nsaved in {folder}\n")
+    audited.report.check()
+    return asdict(audited.report) | {"folder": str(folder)}
+
+
+def _audit(config: ExperimentConfig) -> Audited:
+    setup.check(config)
+    rows = splits.load_splits(config.data, config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        source = setup.load_source(config, list(rows["train"]), Path(folder) / "init")
+        return look(rows, source.data(config.data), source.tokenizer, config.seed)
+
+
+def look(rows: Rows, data: DataConfig, tokenizer: Any, seed: int) -> Audited:
+    """Tokenise all splits, unless the cache has them, and audit them.
+
+    The test split is tokenised by itself: what a training uses, and its lineage, does not depend on there being one.
+
+    Raises:
+        DataError, ModelError: as `prepare.prepare`.
+    """
+    prepared = prepare.prepare(rows, data, tokenizer, seed, state.token_cache())
+    folders = dict(prepared.splits)
+    if "test" in rows:
+        folders |= prepare.prepare(rows, data, tokenizer, seed, state.token_cache(), ("test",)).splits
+    tokens = {name: TokenDataset.open(folder) for name, folder in folders.items()}
+    report = audit.audit(rows, tokens, tokenizer, data)
+    return Audited(prepared, report, {name: each.lengths for name, each in tokens.items()}, data.max_length)
+
+
+def tell(report: audit.Report, console: Console) -> None:
+    """Print the report; samples on terminals only, because logs are no place for what the data says."""
+    audit_view.show(report, console, samples=console.is_terminal)

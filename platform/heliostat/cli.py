@@ -22,6 +22,7 @@ from heliostat.command import console as _console
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.jobs import commands as job_commands
 from heliostat.registry import server_command
+from heliostat.training import plan_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,6 +152,11 @@ def _audit(options: argparse.Namespace) -> Result:
     from heliostat.training import auditing
 
     return auditing.command(_load(options), None if options.json else options.write)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    plan_command.arguments(parser)
 
 
 def _tune_training(options: argparse.Namespace) -> Result:
@@ -446,6 +452,7 @@ COMMANDS: dict[str, Command] = {
         _quickstart,
         _show_quickstart,
     ),
+    "plan": Command(plan_command.HELP, _plan_arguments, plan_command.run, plan_command.show),
     "train": Command("train a model and register it", _config_arguments, _train, _show_train),
     "resume": Command("go on with an unfinished training run", _resume_arguments, _resume, _show_train),
     "audit": Command("show what training would learn", _config_arguments, _audit, lambda _: "fit to be trained on"),

@@ -18,7 +18,7 @@ MAX_FUNCTION_LINES = 60
 
 # What each part may import beside itself. A part is a package, or a module beside them; `data` stands for `data.config`
 # too. The sections of the configuration, `*/config.py`, are a part of their own, which `experiment` puts together.
-_BASICS = {"heliostat", "errors", "config", "state", "journal", "hosts", "command", "tasks"}
+_BASICS = {"heliostat", "errors", "config", "state", "journal", "hosts", "command", "tasks", "machine"}
 _LIBRARY = _BASICS | {"data", "models", "evaluation"}
 ALLOWED = {
     "heliostat": set[str](),
@@ -28,6 +28,7 @@ ALLOWED = {
     "state": {"errors"},
     "journal": {"errors"},
     "tasks": set[str](),
+    "machine": set[str](),
     "config": {"errors"},
     "*/config": {"errors", "config", "tasks"},
     "experiment": {"config", "*/config"},

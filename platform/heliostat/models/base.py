@@ -218,10 +218,16 @@ def load_model(
 
 
 def new_model(
-    config_folder: str, *, seed: int, dtype: torch.dtype, attention: str | None = None, head: Head = NEXT_TOKEN
+    config_folder: str,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    head: Head = NEXT_TOKEN,
+    revision: str | None = None,
 ) -> Any:
     """Randomly initialised weights for the config.json in `config_folder`: equal seeds give equal weights."""
-    config = load_config(config_folder)
+    config = load_config(config_folder, revision)
     for key, value in head.keys().items():
         setattr(config, key, value)
     torch.manual_seed(seed)

@@ -127,6 +127,13 @@ class TrainingConfig(StrictModel):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
+    def precision(self) -> Literal["float32", "bfloat16", "float16"]:
+        """Torch's name of the dtype of weights in forward and backward."""
+        if self.bf16:
+            return "bfloat16"
+        return "float16" if self.fp16 else "float32"
+
+    @property
     def chosen_by_task(self) -> bool:
         """Whether the final model is chosen by a metric of generated answers."""
         return self.load_best_model_at_end and self.metric_for_best_model != "eval_loss"

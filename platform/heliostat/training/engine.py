@@ -33,9 +33,8 @@ _CACHED_LOGITS = 2**18
 
 def compute_dtype(training: TrainingConfig) -> torch.dtype:
     """The dtype of weights in forward and backward; DeepSpeed keeps fp32 master weights beside 16-bit ones."""
-    if training.bf16:
-        return torch.bfloat16
-    return torch.float16 if training.fp16 else torch.float32
+    dtype: torch.dtype = getattr(torch, training.precision)
+    return dtype
 
 
 @contextlib.contextmanager

@@ -1,15 +1,15 @@
 """The memory that one worker needs: from a step's activations to weights, optimizer and DeepSpeed's buffers.
 
-Arithmetic only: nothing is measured, and nothing is fitted to measurements. With T parameters that learn, F that do not,
-N workers, and w bytes a weight (4 in fp32, 2 in 16 bits), each worker keeps
+Arithmetic only: nothing is measured, and nothing is fitted to measurements. With T parameters that learn, F that do
+not, N workers, and w bytes a weight (4 in fp32, 2 in 16 bits), each worker keeps
 
     stage 0     w (T + F)          weights      8 T          Adam's moments, fp32      4 T      masters, if w = 2
     stage 1, 2  w (T + F)                       8 T / N                                4 T / N  in fp32 too
     stage 3     w (T + F) / N                   8 T / N                                4 T / N  in fp32 too
 
-which is figure 1 of the ZeRO paper (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), but that DeepSpeed keeps
-masters beside fp32 weights as well. Gradients and buffers depend on the moment: of those at which a step can need most
-(in backward, at its end, in the optimizer) the largest counts. What is there then was read from DeepSpeed 0.19.
+which is figure 1 of the ZeRO paper (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), but that DeepSpeed
+keeps masters beside fp32 weights as well. Gradients and buffers depend on the moment: of those at which a step can need
+most (in backward, at its end, in the optimizer) the largest counts. What is there then was read from DeepSpeed 0.19.
 """
 
 from dataclasses import dataclass

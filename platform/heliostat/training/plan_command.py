@@ -60,8 +60,8 @@ def _heading(result: dict[str, Any]) -> str:
         f"{result['model']}: {_short(step['trained'])} of {_short(parameters)} parameters learn, "
         f"in {result['precision']}\n"
         f"{work['steps']:,} steps, {_short(work['tokens'])} tokens; {batch['rows']} x {batch['tokens']} at a time\n"
-        f"{result['workers']} x {device['name']}: {_gib(device['memory'])} GiB and {_short(device['flops'])}FLOP/s each, "
-        f"of which {result['mfu']:.0%} are reached (--mfu)\n"
+        f"{result['workers']} x {device['name']}: {_gib(device['memory'])} GiB and {_short(device['flops'])}FLOP/s "
+        f"each, of which {result['mfu']:.0%} are reached (--mfu)\n"
     )
 
 

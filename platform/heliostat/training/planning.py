@@ -200,7 +200,7 @@ def _attention(wanted: str, device: Device) -> Attention:
     if wanted == "eager":
         return "eager"
     if wanted.startswith("flash"):
-        return "flash"
+        return "unmasked"
     return "fused" if device.on_gpu else "sdpa"
 
 

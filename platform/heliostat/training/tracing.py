@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from heliostat.errors import ModelError
 
-Attention = Literal["eager", "sdpa", "fused", "flash"]
+Attention = Literal["eager", "sdpa", "fused", "unmasked"]
 """How attention is computed: plainly; as PyTorch does it on CPUs; by its kernels for GPUs, which keep no probabilities
 where there is dropout either; or by flash attention on flattened rows, which needs no mask."""
 
@@ -202,6 +202,6 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
 }
-for _name, _mask in (("fused", sdpa_mask), ("flash", _no_mask)):
+for _name, _mask in (("fused", sdpa_mask), ("unmasked", _no_mask)):
     AttentionInterface.register(_name, _fused)
     AttentionMaskInterface.register(_name, _mask)

@@ -76,24 +76,33 @@ def plan(config: ExperimentConfig, device_name: str | None, mfu: float) -> dict[
         ConfigError: the GPU is unknown or has no bf16; or as `heliostat.training.trainer.train`, before it starts.
     """
     setup.check(config)
+    if config.data.task != "causal_lm":
+        raise ConfigError(f"data.format={config.data.format}: plans are made for causal language models only, so far")
     device = _device(config, device_name or _default(config))
     with tempfile.TemporaryDirectory() as folder:
         rows = splits.load_splits(config.data, config.seed, ("train", "validation"))
         source = setup.load_source(config, rows["train"], Path(folder) / "init")
-        tokens = prepare.prepare(rows, config.data, source.tokenizer, config.seed, state.token_cache()).splits["train"]
+        tokens = prepare.prepare(
+            rows, source.data(config.data), source.tokenizer, config.seed, state.token_cache()
+        ).splits["train"]
         work = _work(config, tokens)
         options = list(_options(config, source.path, work, device, mfu))
     fitting = [option for option in options if option.fits]
     return {
         "model": config.model.model_name_or_path or "from scratch",
         "device": asdict(device),
-        "workers": max(1, config.training.num_workers),
+        "workers": _workers(config),
         "precision": config.training.precision,
         "mfu": mfu,
         "work": asdict(work),
         "options": [asdict(option) | {"total": option.memory.total} for option in options],
         "recommended": fitting[0].settings if fitting else None,
     }
+
+
+def _workers(config: ExperimentConfig) -> int:
+    """The fewest that train: then each has most to hold."""
+    return max(1, config.training.min_workers)
 
 
 def _default(config: ExperimentConfig) -> str:
@@ -103,7 +112,7 @@ def _default(config: ExperimentConfig) -> str:
 
 
 def _device(config: ExperimentConfig, name: str) -> Device:
-    workers, precision = max(1, config.training.num_workers), config.training.precision
+    workers, precision = _workers(config), config.training.precision
     if name.lower() == "cpu":
         speed = _cpu_speed(getattr(torch, precision))
         return Device("cpu", machine.available_bytes() / workers, speed / workers, psutil.Process().memory_info().rss)
@@ -207,7 +216,7 @@ def _attention(wanted: str, device: Device) -> Attention:
 def _option(
     config: ExperimentConfig, settings: dict[str, Any], step: Step, work: Work, device: Device, mfu: float
 ) -> Option:
-    workers = max(1, config.training.num_workers)
+    workers = _workers(config)
     itemsize = getattr(torch, config.training.precision).itemsize
     deepspeed = zero.deepspeed_config(config.training, num_parameters=step.trained)
     memory = footprint(step, deepspeed, Worker(workers, itemsize, device.on_gpu, device.runtime))

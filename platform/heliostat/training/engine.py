@@ -65,7 +65,7 @@ def add_noise(model: Any, alpha: float, length: int) -> None:
 
 
 def chunk_loss(model: Any) -> None:
-    """Let a causal language model compute its loss without fp32 copies of all logits: they are there in its own dtype."""
+    """Let a causal language model compute its loss without fp32 copies of all logits."""
     vocab_size = model.config.get_text_config().vocab_size
     install_chunked_causal_lm_loss(model, block_rows=max(1, _CACHED_LOGITS // vocab_size))
 

@@ -47,6 +47,9 @@ class GroupSession:
         """Nothing leaves."""
         return frozenset()
 
+    def move(self) -> None:
+        """There is nowhere to go."""
+
 
 def run(jobs: Sequence[Job]) -> None:
     """Run the jobs one after the other in a process of its own; each writes into its run folder."""

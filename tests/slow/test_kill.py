@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ def starts(run: Path) -> list[int]:
     return [row["step"] for row in journal.read(run / journal.NAME)[0] if "progress.start" in row["metrics"]]
 
 
-def life(run: Path) -> int:
-    """Steps logged since the last start."""
+def has_lived(run: Path, start: int, steps: int) -> bool:
+    """Whether the start of that number, or a later one, has logged so many steps."""
     rows, _ = journal.read(run / journal.NAME)
-    last = max((index for index, row in enumerate(rows) if "progress.start" in row["metrics"]), default=len(rows))
-    return sum("loss" in row["metrics"] for row in rows[last:])
+    began = [index for index, row in enumerate(rows) if "progress.start" in row["metrics"]]
+    return len(began) >= start and sum("loss" in row["metrics"] for row in rows[began[-1] :]) >= steps
 
 
 def kill(victim: str, process: "subprocess.Popen[str]", chance: random.Random) -> None:
@@ -81,8 +82,7 @@ def test_random_kills_change_nothing(number: int, arguments: list[str], unbroken
     arguments = [*arguments, f"storage_path={tmp_path}"]
     process = command.start(*arguments)
     for kills, victim in enumerate(victims, start=1):
-        steps = chance.randint(1, LONGEST_LIFE)
-        command.wait_for(lambda kills=kills, steps=steps: len(starts(run)) >= kills and life(run) >= steps, process)
+        command.wait_for(partial(has_lived, run, kills, chance.randint(1, LONGEST_LIFE)), process)
         kill(victim, process, chance)
         if victim == "driver":
             process = command.start(*arguments, "resume=must")

@@ -1,6 +1,7 @@
 """A training worker under Ray Train (V2): the bridge from its context to `heliostat.training.worker`."""
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ class RaySession:
         """Ray's ids of nodes that are being drained (`ray drain-node`, autoscalers)."""
         info = ray.train.get_preemption_info()
         return frozenset(info.preempted_node_ids) if info else frozenset()
+
+    def move(self) -> None:
+        """Wait for Ray to end all workers, at the deadline of the drain, and to start them where they may stay.
+
+        More steps would be lost. And a worker whose peer vanishes in mid-step fails, which Ray would count as a failure
+        of its own.
+        """
+        threading.Event().wait()
 
 
 def train(loop_config: dict[str, Any]) -> dict[str, Any]:

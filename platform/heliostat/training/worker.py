@@ -44,6 +44,9 @@ class Session(Protocol):
     def leaving(self) -> frozenset[str]:
         """Machines of the group that will soon be taken away. All workers must call it together."""
 
+    def move(self) -> None:
+        """Called by all workers once they have saved because machines leave: they may be ended here, and go on anew."""
+
 
 class LocalSession:
     """A group of one: this process, without Ray."""
@@ -78,6 +81,9 @@ class LocalSession:
     def leaving(self) -> frozenset[str]:
         """Nothing leaves."""
         return frozenset()
+
+    def move(self) -> None:
+        """There is nowhere to go."""
 
 
 @dataclass
@@ -134,6 +140,8 @@ class Worker:
                 self._evaluate()
             if at_end or leave or self.progress.stopped_early or self.progress.step % self.spec.save_steps == 0:
                 self._save(at_once=leave)
+            if leave:
+                self.session.move()
         self.saver.settle()
         if not self._exported_best():
             self._export(self.spec.weights)

@@ -49,7 +49,7 @@ def config(tmp_path: Path) -> Path:
         "model": {"model_name_or_path": str(tmp_path / "model")},
         "data": {"format": "prompt_completion", "train": str(tmp_path / "train.jsonl"), "max_length": 64},
         "training": {"num_workers": [2, 3], "per_device_train_batch_size": 2, "max_steps": 100_000, "save_steps": 10,
-                     "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_ratio": 0, "max_failures": 1,
+                     "learning_rate": 1e-5, "lr_scheduler_type": "constant", "warmup_ratio": 0, "max_failures": 1,
                      "elastic_resize_monitor_interval_s": 5},
         "registry": {"register_model": False},
     }  # fmt: skip

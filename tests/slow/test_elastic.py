@@ -4,14 +4,14 @@ import json
 import os
 import re
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 
 from heliostat import journal
 from heliostat.training import checkpoint
@@ -20,7 +20,7 @@ from tests.slow import command
 
 # Shorter than on a real cluster, where nothing waits for them.
 INTERVALS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
-DRAIN_S = 30
+DRAIN_S = "30"
 
 
 @pytest.fixture
@@ -73,13 +73,10 @@ def went_on(run: Path, number: int) -> bool:
 
 
 def drain(cluster: Cluster, node_id: str) -> None:
-    """As `ray drain-node` does it, and clouds do before they take a machine away."""
-    from ray._raylet import GcsClient
-
-    deadline = int((time.time() + DRAIN_S) * 1000)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why = GcsClient(address=cluster.address).drain_node(node_id, reason, "spot", deadline)
-    assert accepted, why
+    """What a cloud's notice is turned into before it takes a machine away."""
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    ray = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", cluster.address]
+    subprocess.run([*ray, "--node-id", node_id, *reason, "--deadline-remaining-seconds", DRAIN_S], check=True)
 
 
 def checkpointed_by(run: Path) -> int:

@@ -191,7 +191,7 @@ def train(folder: Path, run: Path, method: str = "full", **settings: Any) -> lis
         labels=LABELS,
         class_weights=(1.0, 2.0, 1.0),
     )
-    with LocalSession(spec.checkpoints, keep=1) as session:
+    with LocalSession() as session:
         Worker(spec, session).run()
     rows = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for name in ("loss", "eval_loss") for row in rows if name in row]

@@ -13,6 +13,7 @@ from heliostat.models.files import sha256
 from heliostat.training import resume as resuming
 from heliostat.training.worker import LocalSession
 from tests import tiny
+from tests.slow import command
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
@@ -20,6 +21,14 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     code = cli.main([*arguments, "--json"])
     output = capsys.readouterr()
     return code, json.loads(output.out.splitlines()[-1]), output.err
+
+
+def flip_a_bit(folder: Path) -> None:
+    """Damage a checkpoint's optimizer state."""
+    (shard,) = (folder / "deepspeed").glob("zero_pp_rank_0*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
 
 
 @pytest.fixture
@@ -53,10 +62,7 @@ def test_a_damaged_folder_is_mended_and_the_run_ends_the_same(
 
     checkpoints = folder / "checkpoints" / "attempt-01"
     (checkpoints / "step_000006-w1" / "manifest_0.json").unlink()
-    (shard,) = (checkpoints / "step_000004-w1" / "deepspeed").glob("zero_pp_rank_0*")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    flip_a_bit(checkpoints / "step_000004-w1")
     (folder / "run.json").write_text("{")
     code, result, _ = run(["resume", "cron-0001"], capsys)
     assert (code, result["error"]) == (2, f"{folder} has no readable run.json; try --repair")
@@ -93,8 +99,12 @@ def test_a_quota_that_is_used_up_is_told_and_the_run_goes_on_from_the_checkpoint
     )
     assert "go on with `heliostat resume`" in result["error"]
     assert [path.name for path in (folder / "checkpoints" / "attempt-01").iterdir()] == ["step_000002-w1"]
-    code, result, _ = run(["resume", "full"], capsys)
+
+    flip_a_bit(folder / "checkpoints" / "attempt-01" / "step_000002-w1")
+    code, result, told = run(["resume", "full"], capsys)
     assert (code, result["run_folder"]) == (0, str(folder))
+    assert "the checkpoint of step 2 is not whole and was set aside as" in " ".join(told.split()), "by the workers"
+    assert list(command.journal(folder, "progress.start")) == [0]
 
 
 def test_the_last_run_of_a_name_is_meant(tmp_path: Path) -> None:

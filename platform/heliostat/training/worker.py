@@ -167,13 +167,14 @@ class Worker:
         before, self.saved_for = self.saved_for, self.session.leaving()
         new = self.saved_for - before
         if new:
-            self._tell(f"machine {', '.join(sorted(new))} is about to leave; saving after step {self.progress.step}")
+            step = self.progress.step
+            self._tell(f"machine {', '.join(sorted(new))} is about to leave; saving after step {step}", step)
         return bool(new)
 
-    def _tell(self, note: str) -> None:
+    def _tell(self, note: str, step: int = 0) -> None:
         """Tell the user, by the driver, which follows the journal."""
         if self.session.rank == 0:
-            journal.append(self.journal, 0, {}, note)
+            journal.append(self.journal, step, {}, note)
 
     def _open(self, tokens: str) -> PackedDataset:
         return PackedDataset(TokenDataset.open(Path(tokens)), self.spec.max_length, packing=self.spec.packing)

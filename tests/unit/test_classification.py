@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from heliostat.data import audit, formats
+from heliostat.data import audit, audit_view, formats
+from heliostat.data.audit import Span
 from heliostat.data.config import DataConfig
 from heliostat.data.packing import PackedDataset
 from heliostat.data.records import Row
@@ -109,11 +110,14 @@ def test_packing_is_off_and_stays_so_when_the_configuration_is_read_again() -> N
 
 def test_the_audit_shows_texts_and_labels() -> None:
     made = encode(ROWS, tiny.tokenizer(), DATA)
-    meta = {"split": "train", "rows": 36, "documents": 36, "tokens": 1, "supervised_tokens": 36}
+    meta = {"split": "train", "rows": len(ROWS), "documents": len(ROWS), "tokens": 1, "supervised_tokens": len(ROWS)}
     tokens = TokenDataset(made.input_ids, made.loss_mask, made.offsets, {**meta, "truncated": 0, "dropped": 0})
-    text = audit.summary(PackedDataset(tokens, 64, packing=False), tiny.tokenizer(), labels=LABELS)
-    assert "labels: cat 36, dog 36, man 36" in text
-    assert f"document 0: {ROWS[0].fields['text']} -> [cat]" in text
+    report = audit.audit({"train": ROWS}, {"train": tokens}, tiny.tokenizer(), DATA)
+    assert report.splits["train"].labels == {"cat": 36, "dog": 36, "man": 36}
+    assert report.splits["train"].eos_learned is None
+    assert report.samples[0].spans == [Span(ROWS[0].fields["text"], False), Span("cat", True)]
+    assert not report.failures
+    assert "EOS" not in audit_view.text(report)
 
 
 # ---- loss

@@ -98,6 +98,16 @@ def test_what_is_read_is_what_was_written(suffix: str, read: Callable[[Path], Ro
     assert list(read(path)[0]) == list(ROWS[0])
 
 
+def test_probabilities_are_json_in_a_csv_field_and_themselves_elsewhere(tmp_path: Path) -> None:
+    rows: Rows = [{"prompt": "a", "probabilities": {"ham": 0.75, 'say "spam"': 0.25}}]
+    for suffix in predictions.SUFFIXES:
+        path = tmp_path / f"predictions{suffix}"
+        predictions.write(path, rows)
+        (row,) = by_arrow(path) if suffix == ".parquet" else by_the_standard_library(path)
+        found = json.loads(row["probabilities"]) if suffix == ".csv" else row["probabilities"]
+        assert found == rows[0]["probabilities"]
+
+
 @pytest.mark.parametrize("suffix", predictions.SUFFIXES)
 def test_a_file_is_replaced_whole_or_left_as_it_was(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"predictions{suffix}"

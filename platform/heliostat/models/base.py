@@ -206,7 +206,7 @@ def load_model(
         ModelError: it cannot be loaded, or has no safetensors weights.
     """
     with _errors_named(source):
-        return _CLASSES[head.task].from_pretrained(
+        model = _CLASSES[head.task].from_pretrained(
             source,
             **head.keys(),
             revision=revision,
@@ -215,6 +215,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
+    return _without_cache(model, head)
 
 
 def new_model(
@@ -233,7 +234,14 @@ def new_model(
     torch.manual_seed(seed)
     with _errors_named(config_folder):
         made = _CLASSES[head.task].from_config(config, attn_implementation=attention or default_attention())
-        return made.to(dtype)
+    return _without_cache(made.to(dtype), head)
+
+
+def _without_cache(model: Any, head: Head) -> Any:
+    """Classifiers read a text once: keys and values that are kept would never be used."""
+    if head.task == "classification":
+        model.config.use_cache = False
+    return model
 
 
 def default_attention() -> str:

@@ -105,7 +105,6 @@ def planned(folder: Path) -> dict[Case, dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_memory_is_within_a_fifth_of_what_training_takes(case: Case, planned: Any, measured: Any) -> None:
     expected = planned[case]["total"] - planned[case]["memory"]["runtime"]
-    print(case, round(expected / MIB), round(measured[case] / MIB), round(expected / measured[case], 3))
     assert measured[case] > 20 * MIB, "enough to compare"
     assert expected == pytest.approx(measured[case], rel=0.2)
 

@@ -40,7 +40,7 @@ SHORT = {
     "data.max_train_samples": 400,
     "training.max_steps": 8,
     "tune_training.num_samples": 2,
-    "tune_training.overrides": {"training.num_workers": 1, "training.max_steps": 4},
+    "tune_training.overrides": {"training.max_steps": 4},
     "tune_decoding.num_samples": 2,
     "tune_decoding.prompts": 16,
     "tune_decoding.holdout_prompts": 16,

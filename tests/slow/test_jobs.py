@@ -14,7 +14,7 @@ from heliostat.registry import store, versions
 from tests import postgres, s3
 from tests.conftest import REPOSITORY
 from tests.ports import free_port
-from tests.ray_nodes import RayCluster
+from tests.ray_head import RayHead
 from tests.slow import command
 
 pytestmark = pytest.mark.slow
@@ -57,9 +57,9 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
     """A cluster that knows nothing of this checkout but what jobs bring along."""
-    head = RayCluster(tmp_path_factory.mktemp("cluster"))
+    head = RayHead(tmp_path_factory.mktemp("cluster"))
     try:
         head.wait()
         yield head
@@ -68,7 +68,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, mlflow: dict[str, str], cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, mlflow: dict[str, str], cluster: RayHead, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project, and what leads from here to the cluster and the registry."""
     project = tmp_path / "project"
     (tmp_path / "data").mkdir()

@@ -149,6 +149,7 @@ def test_every_key_that_names_a_file_is_known_here() -> None:
         "data.text_separator": "no files",
         "model.scratch": "no files",
         "evaluation.group_by": "no files",
+        "training.report_to": "written, not read",
         **{key: "nothing is served in a job" for key in dotted_keys(ExperimentConfig) if key.startswith("serving.")},
     }
     taken = {"data.train", "data.validation", "data.test", "model.chat_template", "model.model_name_or_path",

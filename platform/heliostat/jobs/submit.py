@@ -22,8 +22,9 @@ from heliostat.jobs.upload import Upload, of_config, readable
 from heliostat.training import progress
 
 VERBS = ("train", "tune-training", "tune-decoding", "evaluate", "promote")
-# What `heliostat stop` leaves a command to end its MLflow run and its workers, before SIGKILL (Ray's default: 3).
-_STOP_WAIT_S = 30
+# How `heliostat stop` ends a command: as Ctrl-C does here, with the seconds that its MLflow run and workers need to end.
+# Ray's own way is SIGTERM, at which Ray's driver dies at once, and SIGKILL after 3 s.
+_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY)(_|$)", re.IGNORECASE)
 
 
@@ -65,7 +66,7 @@ def prepare(request: Request, commands: Mapping[str, Command], notice: Notice) -
     """
     verb, options = _parse(request.command, commands)
     bar = {progress.LINES: "100"} if request.bar else {}
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), **bar, **variables(request.environment)}
+    environment = {**_STOP, **bar, **variables(request.environment)}
     upload = Upload([Path(os.path.abspath(Path(folder).expanduser())) for folder in request.mounted])
     name, arguments = _take_along(upload, options, request.command)
     package = cluster.package_to_ship()

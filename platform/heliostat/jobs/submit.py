@@ -22,7 +22,7 @@ from heliostat.jobs.upload import Upload, of_config, readable
 from heliostat.training import progress
 
 VERBS = ("train", "tune-training", "tune-decoding", "evaluate", "promote")
-# How `heliostat stop` ends a command: as Ctrl-C does here, with the seconds that its MLflow run and workers need to end.
+# How `heliostat stop` ends a command: as Ctrl-C does here, with seconds for its MLflow run and workers to end.
 # Ray's own way is SIGTERM, at which Ray's driver dies at once, and SIGKILL after 3 s.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY)(_|$)", re.IGNORECASE)

@@ -132,7 +132,7 @@ def _tracked(config: ExperimentConfig, job: _Job, tags: Mapping[str, str]) -> It
             with event_files.following(config.training.report_to, job.run.folder):
                 yield tracker
         except BaseException as error:
-            # Ray's drivers make a SystemExit of a SIGTERM, such as a stopped job gets.
+            # Ray Train makes a SystemExit of Ctrl-C, and Ray's drivers one of SIGTERM.
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             tracker.finish("KILLED" if stopped else "FAILED", patience=5)
             raise

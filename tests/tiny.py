@@ -51,11 +51,11 @@ def write_classifier(folder: Path, model_type: str, labels: tuple[str, ...] = LA
     return folder
 
 
-def write_model(folder: Path, model_type: str) -> Path:
-    """Write a random model and its tokenizer to `folder`."""
+def write_model(folder: Path, model_type: str, **keys: Any) -> Path:
+    """Write a random model and its tokenizer to `folder`. `keys`: more of its config."""
     made = tokenizer()
     ids = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
-    config = AutoConfig.for_model(model_type, vocab_size=len(made), **ids, **KEYS[model_type])
+    config = AutoConfig.for_model(model_type, vocab_size=len(made), **ids, **KEYS[model_type], **keys)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     # The usual initialisation is so small that all logits are alike; spread, greedy decoding has clear winners.

@@ -86,10 +86,25 @@ def test_settings_are_pefts(attach: Attach) -> None:
     assert (own.r, own.lora_alpha, own.lora_dropout) == (2, 5, 0.5)
 
 
-@pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}, {"loraplus_lr_ratio": 16}], ids=str)
-def test_variants_of_lora_need_lora(variant: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="is a variant of LoRA: it needs `method: lora`"):
-        AdapterConfig(**variant)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "`use_dora` needs `method: lora` or `qlora`"),
+        ({"use_rslora": True}, "`use_rslora` needs `method: lora` or `qlora`"),
+        ({"loraplus_lr_ratio": 16}, "`loraplus_lr_ratio` needs `method: lora` or `qlora`"),
+        ({"method": "qlora", "init_lora_weights": "pissa"}, "`init_lora_weights` needs `method: lora`"),
+        ({"method": "lora", "quantization_bit": 8}, "`quantization_bit` needs `method: qlora`"),
+        ({"method": "prompt", "prefix_projection": True}, "`prefix_projection` needs `method: prefix`"),
+        ({"method": "prompt", "merge": True}, "virtual tokens cannot be merged into weights; leave `merge` out"),
+        ({"method": "prompt", "prompt_tuning_init": "TEXT"}, "`prompt_tuning_init_text` need each other"),
+        ({"method": "prefix", "encoder_hidden_size": 8}, "`encoder_hidden_size` needs `prefix_projection: true`"),
+        ({"method": "lora", "init_lora_weights": "pissa_niter_0"}, "should match pattern"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_with_the_method(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AdapterConfig(**settings)
 
 
 def test_modules_that_are_not_there_are_named(attach: Attach) -> None:
@@ -126,6 +141,66 @@ def test_merged_and_loaded_it_is_the_model_that_was_trained(
     assert torch.allclose(logits(plain), expected, atol=1e-4)
 
 
+def tied_model(like: Path, folder: Path) -> Any:
+    """A model of the kind of `like`, saved at `folder`, whose output layer shares the weights of its embeddings."""
+    kind = json.loads((like / "config.json").read_text())["model_type"]
+    model = base.load_model(str(tiny.write_model(folder, kind, tie_word_embeddings=True)), dtype=torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model
+
+
+@pytest.mark.parametrize("chosen", ["embeddings", "output", "both"])
+@pytest.mark.parametrize("key", ["lora_target_modules", "modules_to_save"])
+def test_layers_that_share_weights_come_apart_where_an_adapter_changes_one(
+    key: str, chosen: str, base_folder: Path, tmp_path: Path
+) -> None:
+    """The embeddings and the output layer are one matrix; the adapter changes one of them, or both differently."""
+    tied = tied_model(base_folder, tmp_path / "base")
+    names = {"embeddings": ["wte", "embed_tokens"], "output": ["lm_head"]}
+    wanted = [*names["embeddings"], *names["output"]] if chosen == "both" else names[chosen]
+    there = [name for name in wanted if any(name == found.split(".")[-1] for found, _ in tied.named_modules())]
+    attention = ["c_attn"] if tied.config.model_type == "gpt2" else ["q_proj"]
+    settings = {"lora_target_modules": attention, key: [*(attention if key == "lora_target_modules" else ()), *there]}
+    config = AdapterConfig(method="lora", lora_r=4, **settings)
+    model = trained(adapters.attach(tied, config, base=str(tmp_path / "base"), seed=1))
+    expected = logits(model)
+    adapters.save(model, tmp_path / "adapter", None)
+    merged = adapters.merge(tmp_path / "adapter", tmp_path / "merged")
+    for loaded in (
+        base.load_adapter(tmp_path / "adapter", dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(merged),
+    ):
+        assert torch.allclose(logits(loaded), expected, atol=1e-4)
+
+
+def test_layers_that_share_weights_still_do_where_no_adapter_changes_them(base_folder: Path, tmp_path: Path) -> None:
+    tied = tied_model(base_folder, tmp_path / "base")
+    model = adapters.attach(tied, AdapterConfig(method="lora", lora_r=4), base=str(tmp_path / "base"), seed=1)
+    adapters.save(model, tmp_path / "adapter", None)
+    loaded = base.load_adapter(tmp_path / "adapter", dtype=torch.float32)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert loaded.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}], ids=str
+)
+def test_pissa_begins_as_the_base_and_is_saved_for_it(
+    attach: Attach, base_folder: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    untouched = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = attach(**{"init_lora_weights": "pissa", **settings})
+    assert torch.allclose(logits(model), logits(untouched), atol=1e-4)
+    began = adapters.beginning(model)
+    assert began is not None
+    assert all(weight.abs().max() > 0 for weight in began.values())
+    adapters.save(trained(model.train()), tmp_path / "adapter", began)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
+    assert not torch.allclose(logits(model), logits(untouched), atol=0.1)
+    assert loaded.peft_config["default"].r == 8
+
+
 def test_another_base_than_the_trained_one_is_refused(attach: Attach, base_folder: Path, tmp_path: Path) -> None:
     own_base = tmp_path / "base"
     shutil.copytree(base_folder, own_base)
@@ -148,4 +223,4 @@ def test_an_adapter_of_another_shape_is_refused(attach: Attach, base_folder: Pat
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8}))
     with pytest.raises(ModelError, match=r"adapter`: cannot be loaded: .*size mismatch"):
-        base.load_merged_adapter(tmp_path / "adapter", dtype=torch.float32)
+        base.load_adapter(tmp_path / "adapter", dtype=torch.float32)

@@ -1,6 +1,6 @@
 """What is refused before a run starts, where the model comes from, and how long the run is going to be."""
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from heliostat.data.records import Row
 from heliostat.data.tokens import encode
 from heliostat.errors import ConfigError, ModelError
 from heliostat.experiment import ExperimentConfig
-from heliostat.models import base
+from heliostat.models import adapters, base
+from heliostat.models.config import AdapterConfig
 from heliostat.training import runs, setup
 from tests import tiny
 from tests.bundles import write_bundle
@@ -45,11 +46,43 @@ def test_contradictions_are_refused_before_anything_is_written(sections: dict[st
         setup.check(scratch(**sections))
 
 
-@pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload"])
-def test_dora_on_split_weights_is_refused(deepspeed: str) -> None:
-    dora = {"method": "lora", "use_dora": True}
-    with pytest.raises(ConfigError, match=f"training.deepspeed={deepspeed} splits; use zero2"):
-        setup.check(config({"model_name_or_path": "gpt2"}, adapter=dora, training={"deepspeed": deepspeed}))
+@pytest.mark.parametrize(
+    ("adapter", "training", "message"),
+    [
+        ({"method": "lora", "use_dora": True}, {"deepspeed": "zero3"}, "training.deepspeed=zero3 splits; use zero2"),
+        ({"method": "qlora"}, {"deepspeed": "zero3_offload"}, "packed weights whole.*zero3_offload splits; use zero2"),
+        ({"method": "prefix"}, {"gradient_checkpointing": True}, "exclude each other.*or adapter.method=prompt"),
+        ({"method": "prefix"}, {}, "virtual tokens before a row.*set data.packing=false"),
+        ({"method": "prompt"}, {}, "virtual tokens before a row.*set data.packing=false"),
+    ],
+    ids=str,
+)
+def test_methods_that_cannot_work_are_refused(adapter: dict[str, Any], training: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        setup.check(config({"model_name_or_path": "gpt2"}, adapter=adapter, training=training))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "message"),
+    [
+        ({"method": "ia3"}, {}, "embeddings of new tokens would not learn; use lora or full"),
+        ({"method": "freeze", "freeze": ["embeddings"]}, {}, "leave `embeddings` out of adapter.freeze"),
+        ({"method": "lora"}, {"deepspeed": "zero3"}, "an adapter needs the embeddings whole"),
+    ],
+    ids=str,
+)
+def test_new_tokens_that_could_not_learn_are_refused(
+    adapter: dict[str, Any], training: dict[str, Any], message: str
+) -> None:
+    model = {"model_name_or_path": "gpt2", "add_tokens": ["cron"]}
+    with pytest.raises(ConfigError, match=message):
+        setup.check(config(model, adapter=adapter, training=training))
+
+
+def test_quantised_training_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes; install the extra: pip install 'heliostat\[qlora\]'"):
+        setup.check(config({"model_name_or_path": "gpt2"}, adapter={"method": "qlora"}))
 
 
 def test_what_can_work_is_not_refused() -> None:
@@ -124,14 +157,50 @@ def test_training_goes_on_from_a_bundle_only_if_it_is_whole(tmp_path: Path) -> N
         setup.load_source(chosen, ROWS, tmp_path / "init")
 
 
-def test_an_adapter_is_no_model_to_train(tiny_bundle: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_bundle)}))
-    with pytest.raises(
-        ConfigError, match=r"model\.model_name_or_path: .*adapter holds an adapter .* adapter\.merge: true"
-    ):
-        setup.load_source(config({"model_name_or_path": str(adapter)}), ROWS, tmp_path / "init")
+def test_virtual_tokens_take_positions(tiny_bundle: Path, tmp_path: Path) -> None:
+    chosen = config({"model_name_or_path": str(tiny_bundle)}, adapter={"method": "prompt"}, data={"max_length": 109})
+    with pytest.raises(ConfigError, match=r"128 positions less the 20 of adapter\.num_virtual_tokens; lower it"):
+        setup.load_source(chosen, ROWS, tmp_path / "init")
+
+
+@pytest.fixture
+def adapter_folder(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter of rank 4 for the tiny model, with its tokenizer."""
+    settings = AdapterConfig(method="lora", lora_r=4)
+    model = base.load_model(str(tiny_bundle), dtype=torch.float32)
+    adapters.save(adapters.attach(model, settings, base=str(tiny_bundle), seed=1), tmp_path / "adapter", None)
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_gone_on_with_as_it_is(adapter_folder: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    chosen = config({"model_name_or_path": str(adapter_folder)}, adapter={"method": "lora"})
+    source = setup.load_source(chosen, ROWS, tmp_path / "init")
+    assert (source.path, source.continues) == (str(tiny_bundle), str(adapter_folder))
+    assert source.adapter is not None
+    assert (source.adapter.lora_r, source.adapter.lora_alpha) == (4, 8)
+    written = ExperimentConfig.model_validate(chosen.model_dump())
+    assert setup.load_source(written, ROWS, tmp_path / "init").adapter == source.adapter, "as a resumed run says it"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "message"),
+    [
+        ({"method": "full"}, {}, r"holds an adapter and no whole model.*heliostat merge MODEL FOLDER"),
+        ({"method": "ia3"}, {}, r"adapter\.method=ia3: .* holds an adapter of the kind .*LORA"),
+        ({"method": "lora", "lora_r": 8}, {}, r"adapter\.lora_r=8: .* has 4; drop the key"),
+        ({"method": "lora", "lora_target_modules": ["c_proj"]}, {}, r"adapter\.lora_target_modules=\['c_proj'\]: "),
+        ({"method": "lora", "init_lora_weights": "pissa"}, {}, r"adapter\.init_lora_weights is for new adapters"),
+        ({"method": "lora"}, {"add_tokens": ["cron"]}, r"model\.add_tokens: an adapter .* cannot take new tokens"),
+    ],
+    ids=str,
+)
+def test_an_adapter_is_not_made_another(
+    adapter: dict[str, Any], model: dict[str, Any], message: str, adapter_folder: Path, tmp_path: Path
+) -> None:
+    chosen = config({"model_name_or_path": str(adapter_folder), **model}, adapter=adapter)
+    with pytest.raises(ConfigError, match=message):
+        setup.load_source(chosen, ROWS, tmp_path / "init")
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ def test_a_bundle_that_decodes_with_beams_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"is an adapter.*adapter.merge: true"):
+    with pytest.raises(ModelError, match=r"is an adapter.*heliostat merge"):
         asyncio.run(VllmModel.start(str(tmp_path), "tiny", args()))
 
 

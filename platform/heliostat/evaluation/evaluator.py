@@ -28,6 +28,7 @@ from heliostat.evaluation.metrics import Example, Metric
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
+from heliostat.models.virtual import VirtualTokensModel
 
 Advance = Callable[[int], None]
 Decoding: TypeAlias = GenerationConfig | GenerationSettings | None
@@ -206,7 +207,9 @@ class LikelihoodWork:
         loaded.check_task("causal_lm")
         encoded = encode(rows, loaded.tokenizer, data)
         tokens = TokenDataset(encoded.input_ids, encoded.loss_mask, encoded.offsets, {})
-        self._packed = PackedDataset(tokens, data.max_length, packing=True)
+        # Virtual tokens stand before a row: each document needs one of its own.
+        packing = not isinstance(loaded.model, VirtualTokensModel)
+        self._packed = PackedDataset(tokens, data.max_length, packing=packing)
         self._loaded = loaded
 
     def __len__(self) -> int:

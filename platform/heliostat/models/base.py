@@ -9,8 +9,9 @@ import json
 import logging
 import os
 import tempfile
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from heliostat import state
 from heliostat.errors import ModelError
 from heliostat.models import bundle, files
 from heliostat.tasks import Task
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -76,7 +79,11 @@ NEXT_TOKEN = Head()
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model ready for use: eval mode, adapters merged, decoding defaults in `model.generation_config`."""
+    """A model ready for use: eval mode, decoding defaults in `model.generation_config`.
+
+    Adapters are merged into the weights; one of virtual tokens cannot be, and `model` is then a
+    `virtual.VirtualTokensModel`.
+    """
 
     model: Any
     tokenizer: Any
@@ -111,7 +118,7 @@ def resolve(reference: str) -> str:
         if place.suffix != ".gguf":
             raise ModelError(f"model `{reference}`: is a file, but neither a model folder nor a .gguf file")
         return str(convert_gguf(place))
-    if not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
+    if not (place / "config.json").exists() and not (place / ADAPTER_CONFIG).exists():
         raise ModelError(f"model `{reference}`: the folder has no config.json, so it is not a model folder")
     files.refuse_unsafe(place)
     if (place / bundle.MANIFEST).exists():
@@ -127,7 +134,7 @@ def convert_gguf(path: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     # transformers draws a progress bar here that no setting switches off.
     quiet = contextlib.redirect_stderr(io.StringIO())
-    with _errors_named(str(path)), tempfile.TemporaryDirectory(dir=target.parent) as scratch, quiet:
+    with errors_named(str(path)), tempfile.TemporaryDirectory(dir=target.parent) as scratch, quiet:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # transformers keeps the GGUF quantisation in the config, and then refuses to save the plain weights.
@@ -152,7 +159,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: there is none, or it needs code of its own.
     """
-    with _errors_named(source):
+    with errors_named(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(
@@ -169,7 +176,7 @@ def load_config(source: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: it does not exist or needs code of its own.
     """
-    with _errors_named(source):
+    with errors_named(source):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
@@ -185,7 +192,7 @@ def task_of(source: str) -> Task:
         if named not in _CLASSES:
             raise ModelError(f"{folder}: its task is `{named}`, which this version does not know; install a newer one")
         return named
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         return "causal_lm"
     names = load_config(source).architectures or []
     found = (task for task, ending in _ARCHITECTURES.items() if any(name.endswith(ending) for name in names))
@@ -199,13 +206,16 @@ def load_model(
     dtype: torch.dtype,
     attention: str | None = None,
     head: Head = NEXT_TOKEN,
+    options: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Any:
     """The model with its weights, in `dtype`. A head that the stored model lacks gets random weights.
+
+    `options` are more of `from_pretrained`'s.
 
     Raises:
         ModelError: it cannot be loaded, or has no safetensors weights.
     """
-    with _errors_named(source):
+    with errors_named(source):
         model = _CLASSES[head.task].from_pretrained(
             source,
             **head.keys(),
@@ -214,6 +224,7 @@ def load_model(
             attn_implementation=attention or default_attention(),
             use_safetensors=True,
             trust_remote_code=False,
+            **options,
         )
     return _without_cache(model, head)
 
@@ -232,7 +243,7 @@ def new_model(
     for key, value in head.keys().items():
         setattr(config, key, value)
     torch.manual_seed(seed)
-    with _errors_named(config_folder):
+    with errors_named(config_folder):
         made = _CLASSES[head.task].from_config(config, attn_implementation=attention or default_attention())
     return _without_cache(made.to(dtype), head)
 
@@ -242,6 +253,16 @@ def _without_cache(model: Any, head: Head) -> Any:
     if head.task == "classification":
         model.config.use_cache = False
     return model
+
+
+def grow(model: Any, vocabulary: int, *, seed: int = 0) -> None:
+    """Give `model` at least `vocabulary` embeddings; the new ones are drawn around the mean of the others.
+
+    See https://nlp.stanford.edu/~johnhew/vocab-expansion.html. Equal seeds give equal embeddings.
+    """
+    if model.config.get_text_config().vocab_size < vocabulary:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(vocabulary, mean_resizing=True)
 
 
 def default_attention() -> str:
@@ -263,10 +284,9 @@ def load_for_inference(reference: str, *, device: str = "cpu", dtype: str | None
     kind: Any = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
     tokenizer = load_tokenizer(source)
     task = task_of(source)
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         head = Head(task, tuple((manifest or {}).get("labels") or ()), tokenizer.pad_token_id)
-        sha256 = ((manifest or {}).get("base") or {}).get("sha256")
-        model = load_merged_adapter(folder, dtype=kind, base_sha256=sha256, head=head)
+        model = load_adapter(folder, dtype=kind, head=head)
     else:
         model = load_model(source, dtype=kind, attention="sdpa", head=Head(task))
     if (folder / "generation_config.json").exists():
@@ -281,24 +301,91 @@ def load_untrained(config_folder: str, *, seed: int) -> InferenceModel:
     return InferenceModel(model.eval(), load_tokenizer(config_folder), None, config_folder, task)
 
 
-def load_merged_adapter(folder: Path, *, dtype: Any, base_sha256: str | None = None, head: Head = NEXT_TOKEN) -> Any:
-    """The base model that the adapter in `folder` names, with the adapter merged into its weights.
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's description of the adapter in `folder`.
 
     Raises:
-        ModelError: the base cannot be loaded, or has other weights than those of `base_sha256`.
+        ModelError: it is damaged.
+    """
+    try:
+        content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return {**content, "base_model_name_or_path": str(content["base_model_name_or_path"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: is damaged or names no base model ({error!r})") from error
+
+
+def base_of(folder: Path) -> str:
+    """The resolved base model of the adapter in `folder`.
+
+    Raises:
+        ModelError: it cannot be found, or has other weights than those the adapter was trained on.
+    """
+    manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).exists() else {}
+    base = resolve(adapter_config(folder)["base_model_name_or_path"])
+    digest = (manifest.get("base") or {}).get("sha256")
+    if digest and Path(base).is_dir() and files.weights_sha256(Path(base)) != digest:
+        raise ModelError(f"{folder}: its base model {base} has other weights than those the adapter was trained on")
+    return base
+
+
+def load_adapter(folder: Path, *, dtype: Any, head: Head = NEXT_TOKEN) -> Any:
+    """The base model that the adapter in `folder` names, with the adapter: in its weights, where that can be.
+
+    Raises:
+        ModelError: see `base_of`; or the two do not fit together.
     """
     from peft import PeftModel
 
-    base = resolve(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    if base_sha256 and Path(base).is_dir() and files.weights_sha256(Path(base)) != base_sha256:
-        raise ModelError(f"{folder}: its base model {base} has other weights than those the adapter was trained on")
-    model = load_model(base, dtype=dtype, attention="sdpa", head=head)
-    with _errors_named(str(folder)):
-        return PeftModel.from_pretrained(model, str(folder), use_safetensors=True).merge_and_unload(safe_merge=True)
+    from heliostat.models import virtual
+
+    model = load_model(base_of(folder), dtype=dtype, attention="sdpa", head=head)
+    with errors_named(str(folder)):
+        # The adapter brings the values; those of new tokens are the last ids.
+        grow(model, 1 + max(added_tokens(folder), default=-1))
+        if has_virtual_tokens(folder):
+            return virtual.load(model, folder)
+        apart = _untie(model)
+        loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+        merged = loaded.merge_and_unload(safe_merge=True)
+        if apart:
+            _tie(merged)
+        return merged
+
+
+def added_tokens(folder: Path) -> list[int]:
+    """The ids whose embeddings the adapter in `folder` brings along."""
+    found = adapter_config(folder).get("trainable_token_indices") or []
+    return sorted({token for ids in found.values() for token in ids} if isinstance(found, dict) else found)
+
+
+def has_virtual_tokens(folder: Path) -> bool:
+    """Whether the adapter in `folder` puts virtual tokens before every text, and so cannot be merged."""
+    return adapter_config(folder).get("peft_type") in ("PREFIX_TUNING", "PROMPT_TUNING")
+
+
+def _untie(model: Any) -> bool:
+    """Give the output layer weights of its own, if it shares those of the embeddings.
+
+    What is merged into one of two layers that share their weights would change the other.
+    """
+    output = model.get_output_embeddings()
+    shared = output is not None and output.weight is model.get_input_embeddings().weight
+    if shared:
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    return shared
+
+
+def _tie(model: Any) -> None:
+    """Undo `_untie`, unless the layers have come to differ; the model's config then says that they do."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    same = torch.equal(first.weight, last.weight)
+    if same:
+        last.weight = first.weight
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = same
 
 
 @contextlib.contextmanager
-def _errors_named(source: str) -> Iterator[None]:
+def errors_named(source: str) -> Iterator[None]:
     """Turn what transformers raises for a missing, offline or unreadable model into one clear error."""
     try:
         with warnings.catch_warnings():

@@ -19,7 +19,6 @@ from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import EngineState
 from heliostat.serving.generation import Served, answer
 from heliostat.serving.protocol import AnyRequest
-from heliostat.serving.served import ServedModel
 
 Answer = Callable[[AnyRequest, Resumed, int | None], AsyncGenerator[Message]]
 """Works on (request, what was given out, most prompt tokens); see generation.answer."""
@@ -89,9 +88,8 @@ class Hosted:
         if loaded.task == "classification":
             found = ServedClassifier(loaded, model_id, args)
             return cls(found, partial(classify, found), found.about(), found.check, version, args)
-        served = await ServedModel.start(loaded, model_id, args)
-        checked = partial(parity.check_served, served)
-        return cls(served, partial(answer, served), about(served), checked, version, args)
+        served, check = await parity.start(loaded, model_id, args)
+        return cls(served, partial(answer, served), about(served), check, version, args)
 
     async def answer(self, request: AnyRequest, resumed: Resumed, trace: Mapping[str, str]) -> AsyncGenerator[Message]:
         """See `generation.answer`; `trace` is the W3C trace context of the caller."""

@@ -5,7 +5,8 @@ model: a wrong mask, wrong positions, a wrong cache. In 16 bits only, tokens of 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -18,12 +19,16 @@ from heliostat.evaluation.completion import encode_prompt
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, bundle
 from heliostat.models.base import InferenceModel
+from heliostat.models.virtual import VirtualTokensModel
 from heliostat.serving.classifier import ServedClassifier
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
 from heliostat.serving.lane import Lane
+from heliostat.serving.lane_model import LaneModel
 from heliostat.serving.sampling import SamplingParams
 from heliostat.serving.served import TEXTS, ServedModel
+
+Check = Callable[..., Awaitable[None]]
 
 # Tokens generated after each prompt, and the longest prompt: `generate` takes the prompts one by one.
 NEW_TOKENS = 32
@@ -46,9 +51,9 @@ def check(folder: Path, prompts: Sequence[Sequence[int]], args: EndpointArgs | N
         if loaded.task == "classification":
             await _check_classifier(ServedClassifier(loaded, str(folder), args or EndpointArgs()), prompts)
             return
-        served = await ServedModel.start(loaded, str(folder), args or EndpointArgs())
+        served, answers = await start(loaded, str(folder), args or EndpointArgs())
         try:
-            await check_served(served, prompts)
+            await answers(prompts)
         finally:
             served.close()
 
@@ -60,6 +65,19 @@ async def _check_classifier(served: ServedClassifier, prompts: Sequence[Sequence
         await served.check_ids([list(prompt[: served.max_length]) for prompt in prompts])
     finally:
         served.close()
+
+
+async def start(loaded: InferenceModel, model_id: str, args: EndpointArgs) -> tuple[ServedModel | LaneModel, Check]:
+    """The model running, and the check that it answers prompts (default: its own) as it should.
+
+    Raises:
+        ModelError, ResourceError: it cannot be run.
+    """
+    if isinstance(loaded.model, VirtualTokensModel):
+        alone = await LaneModel.start(loaded, model_id, args)
+        return alone, alone.try_out
+    served = await ServedModel.start(loaded, model_id, args)
+    return served, partial(check_served, served)
 
 
 async def check_served(served: ServedModel, prompts: Sequence[Sequence[int]] | None = None) -> None:

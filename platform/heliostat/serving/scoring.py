@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
+from heliostat.models import virtual
 from heliostat.serving.sampler import Record, likeliest
 
 # Bytes of scores over the vocabulary that one forward pass may give, in single precision.
@@ -32,11 +32,11 @@ def score(model: Any, prompts: Sequence[Sequence[int]], top: int) -> list[list[R
     vocabulary = model.get_input_embeddings().weight.shape[0]
     step = max(1, _SCORE_BYTES // (4 * vocabulary * len(prompts)))
     found: list[list[Record | None]] = [[None] for _ in prompts]
-    cache = DynamicCache(config=model.config)
     with torch.inference_mode():
+        runner, cache = virtual.start(model, len(prompts))
         for start in range(0, longest - 1, step):
             end = min(start + step, longest - 1)
-            logits = model(ids[:, start:end], past_key_values=cache, use_cache=True).logits
+            logits = runner(ids[:, start:end], past_key_values=cache, use_cache=True).logits
             logprobs = logits.float().log_softmax(dim=-1)
             for row, prompt in enumerate(prompts):
                 here = prompt[start + 1 : end + 1]

@@ -66,17 +66,17 @@ class ServedModel:
             ResourceError: the engine's cache does not fit into memory.
         """
         defaults = DecodingDefaults.of(loaded.model.generation_config)
-        engine, lane = _engine(loaded, args), _lane(loaded, args)
+        engine, beside = _engine(loaded, args), lane(loaded, args)
         await engine.start()
         try:
-            await lane.start(_trials(defaults))
+            await beside.start(trials(defaults))
         except BaseException:
             engine.close()
             raise
         return cls(
             id=model_id,
             engine=engine,
-            lane=lane,
+            lane=beside,
             prompts=PromptEncoder(loaded.tokenizer, engine.max_length, PromptPrefix.of(loaded.manifest)),
             defaults=defaults,
             texts=TokenTexts(loaded.tokenizer),
@@ -180,7 +180,8 @@ def _engine(loaded: InferenceModel, args: EndpointArgs) -> Engine:
     )
 
 
-def _lane(loaded: InferenceModel, args: EndpointArgs) -> Lane:
+def lane(loaded: InferenceModel, args: EndpointArgs) -> Lane:
+    """The lane of a model, not started."""
     return Lane(
         loaded.model,
         loaded.tokenizer,
@@ -190,7 +191,7 @@ def _lane(loaded: InferenceModel, args: EndpointArgs) -> Lane:
     )
 
 
-def _trials(defaults: DecodingDefaults) -> list[SamplingParams]:
+def trials(defaults: DecodingDefaults) -> list[SamplingParams]:
     """The settings as the bundle has them, and as requests may change them: greedy, and sampled."""
     trials = [defaults.params(2, temperature=temperature) for temperature in (None, 0.0, 1.0)]
     return [params for params in trials if params.extra]

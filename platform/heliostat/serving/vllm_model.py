@@ -269,7 +269,7 @@ def _read(source: str) -> tuple[InferenceModel, Any, Any]:
     folder = Path(source)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{source}: is an adapter, and engine: vllm serves whole models; train it again with adapter.merge: true"
+            f"{source}: is an adapter, and engine: vllm serves whole models; merge it: heliostat merge MODEL FOLDER"
         )
     if base.task_of(source) == "classification":
         raise ModelError(f"{source}: is a classifier; set serving.engine: transformers for it")

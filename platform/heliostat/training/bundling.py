@@ -47,6 +47,7 @@ def assemble(
         "stop_token_ids": stops,
         "check_prompts": config.registry.check_prompts,
         "base": _base(config, source),
+        **({"continues": config.model.model_name_or_path} if source.continues else {}),
         "lineage": lineage,
     }
     return bundle.write(
@@ -106,7 +107,7 @@ def _base(config: ExperimentConfig, source: Source) -> dict[str, Any] | None:
         return None
     folder = Path(source.path)
     return {
-        "reference": config.model.model_name_or_path,
+        "reference": source.path if source.continues else config.model.model_name_or_path,
         "revision": config.model.revision,
         "sha256": files.weights_sha256(folder) if folder.is_dir() else None,
     }

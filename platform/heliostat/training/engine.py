@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ def _optimizer(model: Any, training: TrainingConfig, b_ratio: float) -> torch.op
     The B matrices of LoRA learn `b_ratio` times as fast. The first group has the plain rate, which is the one logged.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    vectors = [p for _, p in trained if _dimensions(p) < 2]
+    # IA3 keeps its vectors as matrices of one row or column.
+    vectors = [p for name, p in trained if _dimensions(p) < 2 or "ia3_l" in name]
     fast = [p for name, p in trained if "lora_B" in name and b_ratio != 1]
     apart = {id(parameter) for parameter in (*vectors, *fast)}
     rate, decay = training.learning_rate, training.weight_decay
@@ -160,24 +161,39 @@ def last_learning_rate(engine: Any) -> float:
     return float(engine.get_lr()[0])
 
 
-def export(engine: Any, folder: Path, *, trained_only: bool, rank: int) -> None:
-    """Write the weights (or only the adapter) as safetensors to `folder`, replacing it. All workers must call it.
+def export(engine: Any, folder: Path, *, rank: int) -> None:
+    """Write the weights as safetensors to `folder`, replacing it. All workers must call it.
 
     Raises:
         OSError, SafetensorError: on worker 0, whose write failed; the folder is as it was.
     """
     if engine.zero_optimization_stage() == 3:
-        weights = engine._consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
+        weights = engine._consolidated_16bit_state_dict()
     else:
-        weights = engine.module_state_dict(exclude_frozen_parameters=trained_only)
+        weights = engine.module_state_dict()
     if rank == 0:
-        temporary = folder.with_name(f"{folder.name}.tmp")
+        _replace(folder, lambda target: engine.module.save_pretrained(target, state_dict=weights))
+
+
+def export_adapter(engine: Any, folder: Path, save: Callable[[Any, Path], None], *, rank: int) -> None:
+    """Let `save` write the adapter to `folder`, replacing it: it is given the model, with all that learns whole.
+
+    All workers must call it; raises as `export` does.
+    """
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    with deepspeed.zero.GatheredParameters(trained, enabled=engine.zero_optimization_stage() == 3):
+        if rank == 0:
+            _replace(folder, lambda target: save(engine.module, target))
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    try:
+        write(temporary)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)
-        try:
-            engine.module.save_pretrained(temporary, state_dict=weights)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)

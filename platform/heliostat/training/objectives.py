@@ -27,11 +27,11 @@ class Objective(Protocol):
         ...
 
 
-def build(task: Task, *, pad_token_id: int, class_weights: Sequence[float] | None = None) -> Objective:
-    """The objective of a task. `class_weights` are those of `Classification`."""
+def build(task: Task, *, pad_token_id: int, class_weights: Sequence[float] | None = None, before: int = 0) -> Objective:
+    """The objective of a task. `class_weights` are those of `Classification`, `before` that of `NextToken`."""
     if task == "classification":
         return Classification(pad_token_id, class_weights)
-    return NextToken(pad_token_id)
+    return NextToken(pad_token_id, before)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class NextToken:
     """Next-token cross-entropy of a causal language model."""
 
     pad_token_id: int
+    before: int = 0
+    """Virtual tokens that come first in what the model puts out, too (prompt tuning)."""
 
     def batch(self, rows: Sequence[PackedRow], *, flatten: bool) -> dict[str, Any]:
         """As `learned_positions`."""
-        return learned_positions(collate(rows, self.pad_token_id, flatten=flatten))
+        return learned_positions(collate(rows, self.pad_token_id, flatten=flatten), self.before)
 
     def loss(self, model: Any, batch: dict[str, Any], num_items: int) -> Tensor:
         """As `causal_lm_loss`."""
@@ -78,19 +80,22 @@ class Classification:
         return total / num_items
 
 
-def learned_positions(batch: dict[str, Any]) -> dict[str, Any]:
+def learned_positions(batch: dict[str, Any], before: int = 0) -> dict[str, Any]:
     """The batch with `labels` [rows, tokens] replaced by what they say: where logits are needed, and for which tokens.
 
     `logits_to_keep` [rows, most learned tokens of a row] are the positions before learned tokens, `shift_labels` of the
     same shape those tokens. Rows with fewer are filled up with positions whose label is -100. Meant for the CPU, before
     the batch goes to its device: an accelerator would have to be waited for to know the shape.
+
+    `before`: virtual tokens that PEFT puts before the batch's own; it then counts positions itself.
     """
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     learned = following != IGNORED
     width = max(1, int(learned.sum(dim=1).max()))
     positions = learned.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
-    rest = {name: value for name, value in batch.items() if name != "labels"}
-    return {**rest, "logits_to_keep": positions, "shift_labels": following.gather(1, positions)}
+    dropped = {"labels", "position_ids"} if before else {"labels"}
+    rest = {name: value for name, value in batch.items() if name not in dropped}
+    return {**rest, "logits_to_keep": positions + before, "shift_labels": following.gather(1, positions)}
 
 
 def causal_lm_loss(model: Any, batch: dict[str, Any], num_items: int) -> Tensor:

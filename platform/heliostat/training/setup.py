@@ -15,7 +15,8 @@ from heliostat.data.records import Row
 from heliostat.data.tokens import TokenDataset
 from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
-from heliostat.models import base, scratch
+from heliostat.models import base, freezing, quantised, scratch
+from heliostat.models.config import AdapterConfig, ModelConfig
 from heliostat.registry import versions
 from heliostat.training import event_files, order, zero
 from heliostat.training.runs import Run
@@ -30,6 +31,12 @@ class Source:
     from_scratch: bool
     tokenizer: Any
     labels: tuple[str, ...] = ()
+    continues: str | None = None
+    """Folder of the adapter to go on with; `path` is then its base."""
+    new_tokens: tuple[int, ...] = ()
+    """Ids that the tokenizer was given, and the model does not have yet."""
+    adapter: AdapterConfig | None = None
+    """The settings of that adapter; None: those of the configuration."""
 
     def data(self, data: DataConfig) -> DataConfig:
         """The section with the labels in it."""
@@ -56,11 +63,45 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError(f"training.class_weights needs data.format=classification, not {config.data.format}; drop it")
     event_files.check(training.report_to)
     zero.deepspeed_config(training, num_parameters=1)
-    if config.adapter.use_dora and zero.stage(training) == 3:
+    _check_adapter(config)
+
+
+def _check_adapter(config: ExperimentConfig) -> None:
+    adapter, training = config.adapter, config.training
+    new_tokens = config.model.add_tokens or config.model.add_special_tokens
+    if config.data.task == "classification" and (adapter.method not in ("full", "freeze", "lora") or new_tokens):
         raise ConfigError(
-            "adapter.use_dora needs whole weights for its magnitudes, which training.deepspeed="
-            f"{training.deepspeed} splits; use zero2, or leave use_dora out"
+            "data.format=classification goes with adapter.method full, freeze and lora, and without model.add_tokens"
         )
+    split = f"which training.deepspeed={training.deepspeed} splits; use zero2" if zero.stage(training) == 3 else None
+    if split and adapter.use_dora:
+        raise ConfigError(f"adapter.use_dora needs whole weights for its magnitudes, {split}, or leave use_dora out")
+    if adapter.method == "qlora":
+        quantised.require()
+        if split:
+            raise ConfigError(f"adapter.method=qlora needs its packed weights whole, {split}, or adapter.method=lora")
+    if adapter.method == "prefix" and training.gradient_checkpointing:
+        raise ConfigError(
+            "adapter.method=prefix and training.gradient_checkpointing exclude each other: the prefix is in a cache, "
+            "which checkpointing leaves out; set gradient_checkpointing=false, or adapter.method=prompt"
+        )
+    if new_tokens:
+        _check_new_tokens(adapter, split)
+    if adapter.has_virtual_tokens and config.data.packing:
+        raise ConfigError(
+            f"adapter.method={adapter.method} puts its virtual tokens before a row, so that of packed documents only "
+            "the first would see them in their place; set data.packing=false, or adapter.method=lora"
+        )
+
+
+def _check_new_tokens(adapter: AdapterConfig, split: str | None) -> None:
+    if adapter.method in ("ia3", "prefix", "prompt") or freezing.EMBEDDINGS in adapter.freeze:
+        raise ConfigError(
+            f"model.add_tokens: with adapter.method={adapter.method}, the embeddings of new tokens would not learn; "
+            "use lora or full, or leave `embeddings` out of adapter.freeze"
+        )
+    if split and adapter.keeps_base:
+        raise ConfigError(f"model.add_tokens: an adapter needs the embeddings whole, {split}, or adapter.method=full")
 
 
 def check_best(config: ExperimentConfig, rows: dict[str, list[Row]]) -> None:
@@ -86,15 +127,34 @@ def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Sour
         ConfigError: the model is only an adapter; or the new model's config, or data.max_length, does not fit.
     """
     path = _new_source(config, rows, folder) if config.model.scratch else _existing_source(config)
-    tokenizer = base.load_tokenizer(path, config.model.revision)
+    adapter, continues = None, None
+    if (Path(path) / base.ADAPTER_CONFIG).exists():
+        if config.data.task == "classification":
+            raise ConfigError("model.model_name_or_path: training of a classifier does not go on with an adapter")
+        from heliostat.models import adapters  # PEFT takes seconds to import
+
+        adapter, continues = adapters.continued(Path(path), config.adapter), path
+        path = base.base_of(Path(path))
+    tokenizer = base.load_tokenizer(continues or path, None if continues else config.model.revision)
     new_chat = config.model.scratch is not None and config.data.format == "chat"
     _set_chat_template(tokenizer, config.model.chat_template or ("chatml" if new_chat else None))
     positions = getattr(base.load_config(path, config.model.revision), "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} is more than the model's {positions} positions; lower it"
-        )
-    return Source(path, config.model.scratch is not None, tokenizer, formats.label_names(rows, config.data))
+    taken = (adapter or config.adapter).num_virtual_tokens if config.adapter.has_virtual_tokens else 0
+    if positions is not None and config.data.max_length + taken > positions:
+        room = f"{positions} positions" + (f" less the {taken} of adapter.num_virtual_tokens" if taken else "")
+        raise ConfigError(f"data.max_length={config.data.max_length} is more than the model's {room}; lower it")
+    new_tokens = _add_tokens(tokenizer, config.model)
+    if continues and new_tokens:
+        raise ConfigError("model.add_tokens: an adapter that training goes on with cannot take new tokens; drop them")
+    labels = formats.label_names(rows, config.data)
+    return Source(path, config.model.scratch is not None, tokenizer, labels, continues, new_tokens, adapter)
+
+
+def _add_tokens(tokenizer: Any, model: ModelConfig) -> tuple[int, ...]:
+    before = len(tokenizer)
+    tokenizer.add_tokens(model.add_tokens)
+    tokenizer.add_tokens(model.add_special_tokens, special_tokens=True)
+    return tuple(range(before, len(tokenizer)))
 
 
 def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
@@ -110,10 +170,11 @@ def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
 def _existing_source(config: ExperimentConfig) -> str:
     reference = config.model.model_name_or_path or ""
     path = base.resolve(versions.resolve(reference).path)
-    if (Path(path) / "adapter_config.json").exists():
+    if (Path(path) / base.ADAPTER_CONFIG).exists() and not config.adapter.keeps_base:
         raise ConfigError(
-            f"model.model_name_or_path: {reference} holds an adapter and no whole model; name its base model, or train "
-            "the adapter again with adapter.merge: true"
+            f"model.model_name_or_path: {reference} holds an adapter and no whole model, and adapter.method="
+            f"{config.adapter.method} trains whole ones; set the adapter's method to go on with it, or merge it first: "
+            "heliostat merge MODEL FOLDER"
         )
     if config.data.task != "classification" and base.task_of(path) == "classification":
         raise ConfigError(
@@ -209,7 +270,7 @@ def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, P
         revision=config.model.revision,
         from_scratch=source.from_scratch,
         attention=config.model.attn_implementation,
-        adapter=config.adapter,
+        adapter=source.adapter or config.adapter,
         training=training,
         train_tokens=str(tokens["train"]),
         validation_tokens=str(tokens["validation"]) if "validation" in tokens else None,
@@ -224,5 +285,8 @@ def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, P
         task=data.task,
         labels=source.labels,
         class_weights=class_weights(training.class_weights, source.labels, rows.tokens),
+        continues=source.continues,
+        new_tokens=source.new_tokens,
+        vocabulary=len(source.tokenizer),
     )
     return Plan(len(rows), rows.fill, per_epoch, spec)

@@ -41,6 +41,12 @@ class WorkerSpec:
     """Names of the classes, in the order of their numbers."""
     class_weights: tuple[float, ...] | None = None
     """How much a text of each class counts."""
+    continues: str | None = None
+    """Folder of the adapter to go on with."""
+    new_tokens: tuple[int, ...] = ()
+    """Ids whose embeddings learn beside an adapter."""
+    vocabulary: int = 0
+    """Embeddings that there must be at the least."""
 
     @property
     def checkpoints(self) -> Path:

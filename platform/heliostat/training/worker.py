@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from heliostat import journal
 from heliostat.data.packing import PackedDataset, unlearned
 from heliostat.data.tokens import TokenDataset
-from heliostat.models import adapters, base, freezing
+from heliostat.models import adapters, base, freezing, quantised
 from heliostat.training import agreement, engine, objectives, order, shards, zero
 from heliostat.training.saving import Saver
 from heliostat.training.spec import WorkerSpec
@@ -104,14 +105,21 @@ class Worker:
         self.spec = spec
         self.session = session
         self.training = spec.training
-        self.trained_only = spec.adapter.method == "lora"
+        self.trained_only = spec.adapter.keeps_base
         self.train_rows = self._open(spec.train_tokens)
         self.validation_rows = self._open(spec.validation_tokens) if spec.validation_tokens else None
-        self.objective = objectives.build(spec.task, pad_token_id=spec.pad_token_id, class_weights=spec.class_weights)
+        self.objective = objectives.build(
+            spec.task,
+            pad_token_id=spec.pad_token_id,
+            class_weights=spec.class_weights,
+            before=spec.adapter.num_virtual_tokens if spec.adapter.method == "prompt" else 0,
+        )
         self.journal = Path(spec.run_folder) / journal.NAME
         self.found = agreement.newest_whole(spec.checkpoints, self._tell)
+        self.began: adapters.Weights | None = None
         self.engine = self._build_engine()
-        self.flatten = self.engine.module.config._attn_implementation.startswith("flash_attention")
+        flash = self.engine.module.config._attn_implementation.startswith("flash_attention")
+        self.flatten = flash and not spec.adapter.has_virtual_tokens
         self.progress = self._restore()
         self.log = MetricsLog(self.journal, session)
         self.saved_for: frozenset[str] = frozenset()
@@ -181,13 +189,16 @@ class Worker:
 
     def _build_engine(self) -> Any:
         spec = self.spec
-        model = self._load_model()
-        if spec.task == "causal_lm":
-            engine.chunk_loss(model)
-        if self.trained_only:
-            model = adapters.attach(model, spec.adapter, base=spec.model, seed=spec.seed, task=spec.task)
+        with engine.sharded_loading(self.training) if not spec.from_scratch else contextlib.nullcontext():
+            model = self._load_model()
+            if spec.task == "causal_lm":
+                engine.chunk_loss(model)
+            if self.trained_only:
+                model = self._adapted(model)
         if spec.adapter.freeze:
             freezing.freeze(model, spec.adapter.freeze)
+        if self.trained_only and self.session.rank == 0:
+            self.began = adapters.beginning(model)
         if self.training.neftune_noise_alpha:
             engine.add_noise(model, self.training.neftune_noise_alpha, spec.max_length)
         ratio = spec.adapter.loraplus_lr_ratio
@@ -214,10 +225,29 @@ class Worker:
         head = base.Head(spec.task, spec.labels, spec.pad_token_id)
         if spec.from_scratch:
             return base.new_model(spec.model, seed=spec.seed, dtype=dtype, attention=spec.attention, head=head)
+        options: dict[str, Any] = {}
+        if spec.adapter.method == "qlora":
+            bits, double = spec.adapter.quantization_bit, spec.adapter.double_quantization
+            options = quantised.loading(bits, double=double, dtype=dtype, device=self.session.device)
         # A new head is the same on all workers.
         torch.manual_seed(spec.seed)
-        with engine.sharded_loading(self.training):
-            return base.load_model(spec.model, revision=spec.revision, dtype=dtype, attention=spec.attention, head=head)
+        model = base.load_model(
+            spec.model, revision=spec.revision, dtype=dtype, attention=spec.attention, head=head, options=options
+        )
+        if options:
+            quantised.keep_weights(model)
+        if spec.new_tokens or spec.continues:
+            base.grow(model, spec.vocabulary, seed=spec.seed)
+        return model
+
+    def _adapted(self, model: Any) -> Any:
+        """The model with a new adapter, or with the one that training goes on with."""
+        spec = self.spec
+        if spec.continues:
+            return adapters.go_on(model, Path(spec.continues))
+        return adapters.attach(
+            model, spec.adapter, base=spec.model, seed=spec.seed, task=spec.task, new_tokens=spec.new_tokens
+        )
 
     def _restore(self) -> Progress:
         """Go on from the checkpoint that was found."""
@@ -324,7 +354,11 @@ class Worker:
 
     def _export(self, folder: Path) -> None:
         with agreement.failing_alike(folder):
-            engine.export(self.engine, folder, trained_only=self.trained_only, rank=self.session.rank)
+            if self.trained_only:
+                save = partial(adapters.save, began=self.began)
+                engine.export_adapter(self.engine, folder, save, rank=self.session.rank)
+            else:
+                engine.export(self.engine, folder, rank=self.session.rank)
 
 
 class MetricsLog:

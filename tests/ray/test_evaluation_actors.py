@@ -53,6 +53,10 @@ def pool(ray_cluster: Any, source: Source) -> Iterator[Pool]:
         yield made
 
 
+def ignore(done: int) -> None:
+    """Told of what is done."""
+
+
 def pids() -> set[int]:
     """The processes in which evaluation workers are."""
     found = psutil.process_iter(["cmdline"])
@@ -73,8 +77,14 @@ def test_scores_and_predictions_are_those_of_one_process(pool: Pool, here: Local
 
 def test_sampling_does_not_depend_on_who_does_which_batch(pool: Pool, here: Local) -> None:
     settings = GenerationSettings(max_new_tokens=6, do_sample=True, temperature=2.0)
-    options: Any = {"batch_size": 3, "advance": lambda done: None}
-    assert pool.predict(ROWS, PAIRS, settings, **options) == here.predict(ROWS, PAIRS, settings, **options)
+    job = evaluator.answers(ROWS, PAIRS, settings, HERE)
+    assert pool.answer(job, len(ROWS), ignore) == here.answer(job, len(ROWS), ignore)
+
+
+def test_choices_are_those_of_one_process(pool: Pool, here: Local) -> None:
+    config = EvaluationConfig(scoring="likelihood", labels=["house", "old dog"], batch_size=3)
+    job = evaluator.answers(ROWS, PAIRS, SETTINGS, config)
+    assert pool.answer(job, len(ROWS), ignore) == here.answer(job, len(ROWS), ignore)
 
 
 def test_the_rows_of_a_killed_actor_go_to_another(pool: Pool, here: Local) -> None:
@@ -86,8 +96,9 @@ def test_the_rows_of_a_killed_actor_go_to_another(pool: Pool, here: Local) -> No
             killed.append(min(pids()))
             os.kill(killed[0], signal.SIGKILL)
 
-    found = pool.predict(ROWS, PAIRS, SETTINGS, batch_size=3, advance=kill_one)
-    assert found == here.predict(ROWS, PAIRS, SETTINGS, batch_size=3, advance=lambda done: None)
+    job = evaluator.answers(ROWS, PAIRS, SETTINGS, HERE)
+    found = pool.answer(job, len(ROWS), kill_one)
+    assert found == here.answer(job, len(ROWS), ignore)
     # What comes after it is done by two again.
     assert pool.likelihood(ROWS, PAIRS) == here.likelihood(ROWS, PAIRS)
     assert killed[0] in before
@@ -99,7 +110,7 @@ def test_wrong_rows_are_told_as_in_one_process(pool: Pool, here: Local) -> None:
     messages = []
     for runner in (pool, here):
         with pytest.raises(DataError) as raised:
-            runner.predict(rows, PAIRS, SETTINGS, batch_size=3, advance=lambda done: None)
+            runner.answer(evaluator.answers(rows, PAIRS, SETTINGS, HERE), len(rows), ignore)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
     assert "leaves none of the model's 128 positions" in messages[0]

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
-from heliostat.errors import ConfigError, DataError, ModelError
+from heliostat.errors import ConfigError, ModelError
 from heliostat.evaluation.config import GenerationSettings
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.tuning import decoding_settings
@@ -128,21 +128,17 @@ def test_every_key_can_be_searched() -> None:
         assert setting(**point).decoding()
 
 
-def test_examples_and_questions_of_pairs() -> None:
+def test_questions_of_pairs() -> None:
     row = Row({"prompt": "two", "completion": " 2"}, "rows.jsonl:1")
-    assert decoding_settings.pair_of(row, PAIRS) == ("two ->", " 2")
     assert decoding_settings.question_of(row, PAIRS) == "two ->"
     assert formats.reference_of(row, PAIRS) == " 2"
 
 
-def test_examples_and_questions_of_chats() -> None:
-    """The last exchange is the example; all before it is the question."""
+def test_questions_of_chats() -> None:
+    """All before the last answer is the question."""
     row = chat("Be nice.", "hello", "hi", "how are you?", "well")
-    assert decoding_settings.pair_of(row, CHATS) == ("how are you?", "well")
     assert formats.reference_of(row, CHATS) == "well"
     other = chat("Be rude.", "hello", "hi", "how are you?", "well")
     assert decoding_settings.question_of(row, CHATS) != decoding_settings.question_of(other, CHATS)
     same = chat("Be nice.", "hello", "hi", "how are you?", "badly")
     assert decoding_settings.question_of(row, CHATS) == decoding_settings.question_of(same, CHATS)
-    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no user's message with an answer"):
-        decoding_settings.pair_of(chat("Be nice."), CHATS)

@@ -2,12 +2,12 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from heliostat.config import StrictModel
 from heliostat.tasks import Task
 
-Format = Literal["text", "prompt_completion", "alpaca", "chat", "classification"]
+Format = Literal["text", "prompt_completion", "alpaca", "chat", "classification", "cloze"]
 Severity = Literal["info", "warning", "error"]
 Check = Literal[
     "nothing_learned",
@@ -78,11 +78,23 @@ class AuditConfig(StrictModel):
         return self.severity.get(check, SEVERITIES[check])
 
 
+class TrainSource(StrictModel):
+    """One data set of a mixture."""
+
+    path: str
+    """A file, a glob, or `hf:NAME[:SPLIT]`."""
+    weight: PositiveFloat = 1.0
+    """How often each of its rows comes in an epoch: 2 is twice, 0.25 is a quarter of them."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field of the format -> column of these files, where it is not that of data.columns."""
+
+
 class DataConfig(StrictModel):
     """Where the rows come from and how they are read."""
 
-    train: str | list[str] | None = None
-    """Files, globs, or `hf:NAME[:SPLIT]` of the training rows: .jsonl .json .csv .tsv .parquet .txt"""
+    train: str | list[str | TrainSource] | None = None
+    """Files, globs, or `hf:NAME[:SPLIT]` of the training rows: .jsonl .json .csv .tsv .parquet .txt; or data sets with
+    weights: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     validation_size: float = Field(0.05, ge=0)
@@ -95,7 +107,8 @@ class DataConfig(StrictModel):
     column_names: list[str] | None = None
     """Names of the columns of a csv or tsv file without a header line."""
     prompt_template: str | None = None
-    """Prompt built from the columns, such as "Message: {text}\\nLabel:" (formats prompt_completion, classification)."""
+    """Prompt built from the columns, such as "Message: {text}\\nLabel:" (formats prompt_completion, classification,
+    cloze)."""
     completion_template: str | None = None
     labels: list[str] | None = Field(None, min_length=2)
     """The labels of `format: classification`; default: those that occur in the training rows, sorted."""
@@ -114,6 +127,17 @@ class DataConfig(StrictModel):
     max_test_samples: PositiveInt | None = None
     audit: AuditConfig = AuditConfig()
 
+    @property
+    def sources(self) -> list[TrainSource]:
+        """The data sets of `train`."""
+        given = [self.train] if isinstance(self.train, str) else self.train or []
+        return [TrainSource(path=source) if isinstance(source, str) else source for source in given]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether `train` gives data sets by weights."""
+        return isinstance(self.train, list) and any(isinstance(source, TrainSource) for source in self.train)
+
     @model_validator(mode="before")
     @classmethod
     def _packing_of_the_task(cls, values: Any) -> Any:
@@ -124,10 +148,14 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _templates_fit_format(self) -> Self:
-        if self.prompt_template and self.format not in ("prompt_completion", "classification"):
-            raise ValueError("prompt_template belongs to `format: prompt_completion` and `format: classification`")
+        if self.prompt_template and self.format not in ("prompt_completion", "classification", "cloze"):
+            raise ValueError("prompt_template belongs to the formats prompt_completion, classification and cloze")
         if self.completion_template and self.format != "prompt_completion":
             raise ValueError("completion_template belongs to `format: prompt_completion`")
+        if self.format == "cloze" and self.columns:
+            raise ValueError(
+                "`columns` does not go with `format: cloze`, whose files have one form; set prompt_template"
+            )
         return self
 
     @model_validator(mode="after")

@@ -37,6 +37,9 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
+CLOZE_PROMPT = "{passage}\n\n{query}\n\n@placeholder:"
+"""In no language: what stands for the gap is named, and then said."""
+
 OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -104,9 +107,9 @@ def chat_template(tokenizer: Any, config: DataConfig) -> ChatTemplate | None:
 def to_segments(row: Row, config: DataConfig, chat: ChatTemplate | None) -> list[Segment]:
     """The document of a row. `chat` is needed for `format: chat` only.
 
-    text: one learned segment. prompt_completion, alpaca: prompt, learned completion. chat: every assistant turn that
-    answers something is learned, up to and with its end token; what follows the last one is left out. With
-    `train_on_inputs` everything is learned. classification: text, learned label.
+    text: one learned segment. prompt_completion, alpaca: prompt, learned completion. cloze: passage and query, learned
+    first answer. classification: text, learned label. chat: every assistant turn that answers something is learned, up
+    to and with its end token; what follows the last one is left out. With `train_on_inputs` everything is learned.
 
     Raises:
         DataError: a column is missing, empty or of a wrong type, or the messages are malformed; names row and column.
@@ -181,6 +184,22 @@ def reference_of(row: Row, config: DataConfig) -> str:
     return str(messages[last_answer(messages)]["content"])
 
 
+def references_of(row: Row, config: DataConfig) -> tuple[str, ...]:
+    """All right completions, that of `reference_of` first: several in `format: cloze`.
+
+    Raises:
+        DataError: as `to_segments`.
+    """
+    if config.format == "cloze":
+        return tuple(f" {answer}" for answer in row.fields["answers"])
+    return (reference_of(row, config),)
+
+
+def candidates_of(row: Row, config: DataConfig) -> tuple[str, ...] | None:
+    """The completions that the row itself offers to choose from; None where it does not (all formats but `cloze`)."""
+    return tuple(f" {entity}" for entity in row.fields["candidates"]) if config.format == "cloze" else None
+
+
 def field_text(row: Row, config: DataConfig, field: str) -> str:
     """The value of a format's field (through `data.columns`), as text; numbers are written out.
 
@@ -218,6 +237,9 @@ def _prompt_and_completion(row: Row, config: DataConfig) -> tuple[str, str]:
         field = "prompt" if config.prompt_template else "text"
         text = _from_template(row, config, field, config.prompt_template)
         return _filled(text, row, "text"), label_of(row, config)
+    if config.format == "cloze":
+        prompt = _from_template(row, config, "prompt", config.prompt_template or CLOZE_PROMPT)
+        return prompt, references_of(row, config)[0]
     prompt = _from_template(row, config, "prompt", config.prompt_template)
     completion = _from_template(row, config, "completion", config.completion_template)
     return prompt, _filled(completion, row, "completion")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.config import fingerprint
+from heliostat.data import mixture
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row, file_manifest
 from heliostat.data.tokens import TokenDataset, encode
@@ -38,8 +39,8 @@ class Prepared:
     splits: dict[str, Path]
     """Split -> its folder."""
     manifest: dict[str, Any]
-    """Lineage: `files` (path, sha256, bytes for each split), `splits` (counts for each), `data_sha256` (the rows used),
-    `tokenizer_sha256`, `cache_key`, `seed`, `task`, `labels` (of a classifier)."""
+    """Lineage: `files` (path, sha256, bytes for each split), `splits` (counts for each), `sources` (of a mixture),
+    `data_sha256` (the rows used), `tokenizer_sha256`, `cache_key`, `seed`, `task`, `labels` (of a classifier)."""
 
 
 def prepare(
@@ -73,6 +74,7 @@ def prepare(
     manifest = {
         "files": _files(config, used),
         "splits": {name: TokenDataset.open(path).meta for name, path in folders.items()},
+        "sources": mixture.counts(used["train"], config.sources) if config.is_mixture and "train" in used else [],
         "data_sha256": data_hash,
         "tokenizer_sha256": tokenizer_hash,
         "cache_key": key,
@@ -123,6 +125,7 @@ def _data_sha256(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _files(config: DataConfig, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
-    given = {"train": config.train, "validation": config.validation, "test": config.test}
+    train = [source.path for source in config.sources]
+    given = {"train": train, "validation": config.validation, "test": config.test}
     # A split without files of its own was taken from the training rows.
-    return {name: file_manifest(given[name] or config.train or []) for name in rows}
+    return {name: file_manifest(given[name] or train) for name in rows}

@@ -30,6 +30,8 @@ class Row:
 
     fields: dict[str, Any]
     origin: str
+    source: int = 0
+    """Which data set of a mixture it is of."""
 
     def content(self) -> bytes:
         """The fields as canonical JSON: equal for equal rows, whatever their file or column order."""

@@ -9,8 +9,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from heliostat.data.cloze import questions
 from heliostat.data.config import DataConfig
 from heliostat.data.formats import field_text
+from heliostat.data.mixture import mix
 from heliostat.data.records import Row, read
 from heliostat.errors import DataError
 
@@ -24,30 +26,54 @@ def load_splits(config: DataConfig, seed: int, wanted: Sequence[str] = SPLITS) -
 
     Files that are given win. Otherwise `test_size`, then `validation_size`, are taken from the training rows: below 1 a
     fraction of them (at least one row), else a count. When `format: text` has too few rows for that, such as one large
-    document, the end of the text is cut off instead. `max_*_samples` keeps the first rows of the finished splits.
+    document, the end of the text is cut off instead. A passage of `format: cloze` is
+    held out whole, and then becomes one row for each question. `max_*_samples` keeps the first rows of the finished
+    splits.
 
     Raises:
         DataError: nothing is given, a file is wrong (see `read`), or the held-out part leaves no training row.
     """
-    given = {"train": config.train, "validation": config.validation, "test": config.test}
+    given = {"train": [source.path for source in config.sources], "validation": config.validation, "test": config.test}
     sizes = {"test": config.test_size, "validation": config.validation_size}
     held_out = {name: size for name, size in sizes.items() if size and not given[name]}
     needed = {name for name in wanted if given[name]} | ({"train"} if held_out.keys() & set(wanted) else set())
     splits = {
         name: read(sources, column_names=config.column_names, text_separator=config.text_separator)
         for name, sources in given.items()
-        if sources and name in needed
+        if sources and name in needed and name != "train"
     }
+    if config.sources and "train" in needed:
+        splits["train"] = [row for number in range(len(config.sources)) for row in _read_source(config, number)]
     if not any(given.values()):
         raise DataError("data.train: no file is given; set data.train (or data.test to evaluate only)")
     if "train" in splits:
         splits |= _hold_out(splits["train"], held_out, config, seed)
+    if config.format == "cloze":
+        splits = {name: questions(rows) for name, rows in splits.items() if name in wanted}
+    if config.is_mixture and "train" in splits and "train" in wanted:
+        splits["train"] = mix(splits["train"], config.sources, seed)
     limits = {
         "train": config.max_train_samples,
         "validation": config.max_validation_samples,
         "test": config.max_test_samples,
     }
     return {name: splits[name][: limits[name]] for name in SPLITS if name in splits and name in wanted}
+
+
+def _read_source(config: DataConfig, number: int) -> list[Row]:
+    """The rows of a data set of `data.train`, with the columns that `data.columns` names."""
+    source = config.sources[number]
+    rows = read(source.path, column_names=config.column_names, text_separator=config.text_separator)
+    names = {column: config.columns.get(field, field) for field, column in source.columns.items()}
+    for row in rows:
+        for column in names:
+            if column not in row.fields:
+                raise DataError(
+                    f"{row.origin}: has no column `{column}`, which data.train names for {source.path} (found: "
+                    f"{', '.join(row.fields)})"
+                )
+    renamed = [{names.get(key, key): value for key, value in row.fields.items()} for row in rows]
+    return [dataclasses.replace(row, source=number, fields=new) for row, new in zip(rows, renamed, strict=True)]
 
 
 def _hold_out(rows: list[Row], sizes: dict[str, float], config: DataConfig, seed: int) -> dict[str, list[Row]]:

@@ -174,6 +174,10 @@ class DocumentEncoder:
             return text_ids(self._tokenizer, texts)
         return [self._bos + ids for ids in self._tokenise(texts)["input_ids"]]
 
+    def completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of completions as they are trained, without their end token."""
+        return [list(ids) for ids in self._tokenise(texts)["input_ids"]]
+
     def documents(self, rows: Sequence[Row]) -> list[tuple[Ids, Mask]]:
         """(ids, loss mask) of each row's document, of any length."""
         segments = [to_segments(row, self._config, self._template) for row in rows]

@@ -15,17 +15,18 @@ from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import HeliostatError
 from heliostat.evaluation import evaluator
+from heliostat.evaluation.choices import ChoiceWork
 from heliostat.evaluation.classification import ClassificationWork
 from heliostat.evaluation.config import EvaluationConfig
-from heliostat.evaluation.evaluator import Advance, Decoding, LikelihoodWork, Local, PredictionWork, Runner, Source
+from heliostat.evaluation.evaluator import Advance, Job, LikelihoodWork, Local, PredictionWork, Runner, Source
 from heliostat.evaluation.metrics import Example
 from heliostat.models.base import InferenceModel
 
 MAX_DEATHS = 3
 """So many actors may die in one pool: more, and the next would die too."""
 
-Work = LikelihoodWork | PredictionWork | ClassificationWork
-Job = Callable[[InferenceModel], Work]
+Work = LikelihoodWork | PredictionWork | ChoiceWork | ClassificationWork
+Make = Callable[[InferenceModel], Work]
 Call = tuple[Any, ...]
 """Name of one of the actor's methods, and its arguments."""
 
@@ -117,15 +118,11 @@ class Pool:
         """As `evaluator.likelihood`."""
         return evaluator.mean_likelihood(self._pieces(functools.partial(LikelihoodWork, rows=list(rows), data=data)))
 
-    def predict(
-        self, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, advance: Advance
-    ) -> list[Example]:
-        """As `evaluator.predict`."""
-        work = evaluator.prediction_work
-        job = functools.partial(work, rows=list(rows), data=data, config=config, batch_size=batch_size)
+    def answer(self, job: Job, rows: int, advance: Advance) -> list[Example]:
+        """As `Local.answer`."""
         batches = self._pieces(job, lambda batch: advance(len(batch)))
         found = {index: example for batch in batches for index, example in batch.items()}
-        return [found[index] for index in range(len(rows))]
+        return [found[index] for index in range(rows)]
 
     def close(self) -> None:
         """End the actors."""
@@ -135,7 +132,7 @@ class Pool:
             ray.kill(worker)
         self._running.clear()
 
-    def _pieces(self, job: Job, done: Callable[[Any], None] = lambda result: None) -> list[Any]:
+    def _pieces(self, job: Make, done: Callable[[Any], None] = lambda result: None) -> list[Any]:
         """The results of the job's pieces, in their order; `done` gets each as it comes."""
         import ray
 

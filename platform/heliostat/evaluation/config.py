@@ -8,6 +8,7 @@ from heliostat.config import StrictModel
 
 MetricName = Literal[
     "exact_match",
+    "cloze_em",
     "token_f1",
     "accuracy",
     "macro_f1",
@@ -69,7 +70,15 @@ class EvaluationConfig(StrictModel):
     metrics: list[MetricName] = Field(["exact_match"], min_length=1)
     """What generated answers are scored by; loss, perplexity and token accuracy always come along."""
     labels: list[str] | None = None
-    """The label set of accuracy and macro F1; default: the labels that occur among the references."""
+    """The label set of accuracy and macro F1, and the candidates of `scoring: likelihood`; default: the labels that
+    occur among the references."""
+    scoring: Literal["generate", "likelihood"] = "generate"
+    """Where answers come from: the model writes them; or it is given candidates (the entities of `format: cloze`, else
+    the labels), and the likeliest one is its answer."""
+    length_normalization: bool = False
+    """Of `scoring: likelihood`: compare mean log-probabilities of a candidate's tokens instead of their sum."""
+    few_shot: NonNegativeInt = 0
+    """Training rows, drawn by the seed, that come before every prompt with their answers."""
     judge: JudgeConfig | None = None
     batch_size: PositiveInt = 16
     baseline: str | None = None

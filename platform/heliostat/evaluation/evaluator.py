@@ -4,6 +4,7 @@ The work is cut into pieces (packed rows, batches of prompts) that are the same 
 and Ray actors (`actors`) come to equal results.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +16,18 @@ from transformers import GenerationConfig
 
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
-from heliostat.data.formats import ChatTemplate
 from heliostat.data.packing import IGNORED, PackedDataset, collate
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder, TokenDataset, encode
-from heliostat.errors import DataError
-from heliostat.evaluation import bootstrap, classification, generate, metrics
+from heliostat.errors import ConfigError, DataError
+from heliostat.evaluation import bootstrap, choices, classification, generate, metrics
 from heliostat.evaluation.bootstrap import Interval
+from heliostat.evaluation.choices import ChoiceWork
 from heliostat.evaluation.classification import ClassificationWork, Confusion
 from heliostat.evaluation.config import EvaluationConfig, GenerationSettings
 from heliostat.evaluation.metrics import Example, Metric
 from heliostat.evaluation.prefix import PromptPrefix
+from heliostat.evaluation.questions import question_of
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
 from heliostat.models.virtual import VirtualTokensModel
@@ -93,10 +95,8 @@ class Runner(Protocol):
         """As the function `likelihood`."""
         ...
 
-    def predict(
-        self, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, advance: Advance
-    ) -> list[Example]:
-        """As the function `predict`."""
+    def answer(self, job: "Job", rows: int, advance: Advance) -> list[Example]:
+        """The examples of so many rows, in their order; `advance` is told how many are done, as they are."""
         ...
 
 
@@ -116,11 +116,15 @@ class Local:
         """As the function `likelihood`."""
         return likelihood(self.loaded, rows, data)
 
-    def predict(
-        self, rows: Sequence[Row], data: DataConfig, config: Decoding, *, batch_size: int, advance: Advance
-    ) -> list[Example]:
-        """As the function `predict`."""
-        return predict(self.loaded, rows, data, config, batch_size=batch_size, advance=advance)
+    def answer(self, job: "Job", rows: int, advance: Advance) -> list[Example]:
+        """The job's pieces, done one after the other."""
+        work = job(self.loaded)
+        found: dict[int, Example] = {}
+        for number in range(len(work)):
+            done = work.piece(number)
+            found |= done
+            advance(len(done))
+        return [found[index] for index in range(rows)]
 
 
 def evaluate(
@@ -130,18 +134,24 @@ def evaluate(
     settings: Decoding,
     config: EvaluationConfig,
     *,
+    prefix: PromptPrefix | None = None,
     advance: Advance = lambda done: None,
 ) -> Scores:
-    """Loss, perplexity and token accuracy; for all formats but `text` also the metrics of generated completions.
+    """Loss, perplexity and token accuracy; for all formats but `text` also the metrics of the answers.
 
     For `classification`: the loss, accuracy, macro F1 and the other metrics of the labels, and what was taken for what.
 
-    `settings` None decodes by the model's own defaults. `advance` is told how many rows were generated for.
+    `settings` None decodes by the model's own defaults; `prefix` None is the bundle's own, and loss knows no other.
+    `advance` is told how many rows were answered.
 
     Raises:
         DataError: a row is wrong, or has no `group_by` column.
         ConfigError: a metric lacks its settings.
     """
+    if data.format in ("text", "classification") and (config.scoring == "likelihood" or config.few_shot):
+        raise ConfigError(
+            f"evaluation.scoring and few_shot need completions, which `format: {data.format}` has none of"
+        )
     if data.format == "text":
         return Scores(len(rows), runner.likelihood(rows, data), {}, {}, {}, [], {})
     groups = _groups(rows, config.group_by) if config.group_by else {}
@@ -150,8 +160,9 @@ def evaluate(
     own = ("accuracy", "macro_f1") if data.task == "classification" else ()
     names = list(dict.fromkeys([*own, *config.metrics]))
     chosen = metrics.build(names, labels=config.labels, judge=config.judge, references=references)
+    job = answers(rows, data, settings, config, prefix)
     likelihoods = {} if data.task == "classification" else runner.likelihood(rows, data)
-    examples = runner.predict(rows, data, settings, batch_size=config.batch_size, advance=advance)
+    examples = runner.answer(job, len(rows), advance)
     if data.task == "classification":
         likelihoods = {"loss": mean_loss(examples)}
     scores = summarise(likelihoods, examples, chosen, groups, config.confidence)
@@ -162,6 +173,25 @@ def mean_loss(examples: Sequence[Example]) -> float:
     """Mean cross-entropy of a classifier's examples, in nats."""
     found = [(example.probabilities or {})[example.reference] for example in examples]
     return sum(-math.log(max(probability, 5e-324)) for probability in found) / len(found)
+
+
+def answers(
+    rows: Sequence[Row],
+    data: DataConfig,
+    settings: Decoding,
+    config: EvaluationConfig,
+    prefix: PromptPrefix | None = None,
+) -> "Job":
+    """What makes a model answer the rows: generate, or choose by likelihood, as `config.scoring` says.
+
+    Raises:
+        ConfigError, DataError: there is nothing to choose from.
+    """
+    common = {"rows": list(rows), "data": data, "batch_size": config.batch_size, "prefix": prefix}
+    if config.scoring == "generate":
+        return functools.partial(prediction_work, config=settings, **common)
+    offered = choices.candidates(rows, data, config.labels)
+    return functools.partial(ChoiceWork, choices=offered, length_normalization=config.length_normalization, **common)
 
 
 def summarise(
@@ -254,13 +284,10 @@ def predict(
     Raises:
         DataError: a row is wrong, or its prompt leaves no position for an answer.
     """
-    work = prediction_work(loaded, rows, data, config, batch_size=batch_size, seed=seed, prefix=prefix)
-    found: dict[int, Example] = {}
-    for number in range(len(work)):
-        done = work.piece(number)
-        found |= done
-        advance(len(done))
-    return [found[index] for index in range(len(rows))]
+    job = functools.partial(
+        prediction_work, rows=rows, data=data, config=config, batch_size=batch_size, seed=seed, prefix=prefix
+    )
+    return Local(loaded).answer(job, len(rows), advance)
 
 
 def prediction_work(
@@ -290,8 +317,8 @@ class PredictionWork:
         own = PromptPrefix.of(loaded.manifest) if prefix is None else prefix
         template = formats.chat_template(loaded.tokenizer, data)
         self._loaded, self._seed = loaded, seed
-        self._texts = [_texts(row, data, template, own) for row in rows]
-        self._ids = DocumentEncoder(loaded.tokenizer, data).prompts([asked for _, asked, _ in self._texts])
+        self._questions = [question_of(row, data, template, own) for row in rows]
+        self._ids = DocumentEncoder(loaded.tokenizer, data).prompts([question.asked for question in self._questions])
         self._config = (
             config if isinstance(config, GenerationConfig) else generate.generation_config(loaded.model, config)
         )
@@ -307,22 +334,16 @@ class PredictionWork:
         options = {"config": self._config, "pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer}
         outputs = generate.generate_batch(self._loaded.model, prompts, batch, seed=self._seed, **options)
         texts = generate.decode(tokenizer, outputs, self._config)
-        return {
-            index: Example(self._texts[index][0], text, self._texts[index][2], len(output))
-            for index, text, output in zip(batch.prompts, texts, outputs, strict=True)
-        }
+        found = {}
+        for index, text, output in zip(batch.prompts, texts, outputs, strict=True):
+            question = self._questions[index]
+            reference, *others = question.references
+            found[index] = Example(question.prompt, text, reference, len(output), tuple(others))
+        return found
 
 
-def _texts(row: Row, data: DataConfig, template: ChatTemplate | None, prefix: PromptPrefix) -> tuple[str, str, str]:
-    """(the row's own prompt, the prompt with the prefix before it, reference)."""
-    prompt, reference = formats.prompt_of(row, data, template)
-    if template is None:
-        return prompt, prefix.text() + prompt, reference
-    if prefix == PromptPrefix():
-        return prompt, prompt, reference
-    messages = formats.parse_messages(row, data)
-    asked = prefix.messages(messages[: formats.last_answer(messages)])
-    return prompt, template.render([dict(message) for message in asked], generation_prompt=True), reference
+Job: TypeAlias = Callable[[InferenceModel], PredictionWork | ChoiceWork | ClassificationWork]
+"""Makes the work of answering with a loaded model."""
 
 
 def _groups(rows: Sequence[Row], column: str) -> dict[str, list[int]]:

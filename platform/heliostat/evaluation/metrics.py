@@ -39,6 +39,13 @@ class Example:
     """Number of tokens generated."""
     probabilities: Mapping[str, float] | None = None
     """A classifier's, of each label."""
+    others: tuple[str, ...] = ()
+    """More right answers, which exact_match, cloze_em and token_f1 take as well."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.reference, *self.others)
 
 
 class Metric(Protocol):
@@ -197,13 +204,23 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(example: Example) -> float:
-    """1 if the prediction is the reference after `normalise`."""
-    return float(normalise(example.prediction) == normalise(example.reference))
+    """1 if the prediction is a reference after `normalise`."""
+    return float(normalise(example.prediction) in map(normalise, example.references))
+
+
+def cloze_em(example: Example) -> float:
+    """1 if the prediction is a reference after `normalise_answer`: exact match as SQuAD, ReCoRD and RuCoS count it."""
+    return float(normalise_answer(example.prediction) in map(normalise_answer, example.references))
 
 
 def token_f1(example: Example) -> float:
+    """The best F1 that the prediction has with a reference, as SQuAD, ReCoRD and RuCoS count it."""
+    return max(_words_f1(example.prediction, reference) for reference in example.references)
+
+
+def _words_f1(predicted: str, expected: str) -> float:
     """Harmonic mean of precision and recall of the words; without any words, 1 if both have none."""
-    prediction, reference = normalise_answer(example.prediction).split(), normalise_answer(example.reference).split()
+    prediction, reference = normalise_answer(predicted).split(), normalise_answer(expected).split()
     if not prediction or not reference:
         return float(prediction == reference)
     common = (Counter(prediction) & Counter(reference)).total()
@@ -258,6 +275,7 @@ def _rouge_scorer(name: str) -> Any:
 
 _SIMPLE: dict[str, Metric] = {
     "exact_match": Mean("exact_match", exact_match),
+    "cloze_em": Mean("cloze_em", cloze_em),
     "token_f1": Mean("token_f1", token_f1),
     "rouge1": Mean("rouge1", functools.partial(rouge, "rouge1")),
     "rouge2": Mean("rouge2", functools.partial(rouge, "rouge2")),

@@ -16,11 +16,12 @@ from heliostat.data import splits
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.errors import DataError, RegistryError
-from heliostat.evaluation import actors, evaluator
+from heliostat.evaluation import actors, evaluator, questions
 from heliostat.evaluation import predictions as prediction_files
 from heliostat.evaluation.config import GenerationSettings
 from heliostat.evaluation.evaluator import Decoding, Runner, Scores, Source
 from heliostat.evaluation.metrics import Example
+from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import bundle
 from heliostat.registry import figures, tracking, versions
@@ -56,24 +57,27 @@ def score(
         prediction_files.check(Path(predictions))
     reference = reference or f"models:/{config.registered_model_name}@challenger"
     rows = _test_rows(config)
+    prefix = _few_shot(config)
     resolved = versions.resolve(reference)
     baseline = _baseline(config, resolved)
     with actors.connection(config.evaluation):
         with actors.runner(Source(resolved.path), config.evaluation) as runner:
-            scores = _evaluate(config, runner, rows, _decoding(config, resolved.path, decoding), console, reference)
+            settings: Decoding = _decoding(config, resolved.path, decoding)
+            scores = _evaluate(config, runner, rows, settings, prefix, console, reference)
             chat_template = runner.chat_template
         result = {"model": reference, **_flat(scores), "baseline": None}
         if baseline is not None:
             # It reads chats by the evaluated model's template.
             source = Source(baseline.path, baseline.untrained_seed, chat_template)
             with actors.runner(source, config.evaluation) as runner:
-                settings = _decoding(config, baseline.path, decoding) if baseline.untrained_seed is None else None
-                beside = _flat(_evaluate(config, runner, rows, settings or config.generation, console, "baseline"))
+                trained = baseline.untrained_seed is None
+                settings = _decoding(config, baseline.path, decoding) if trained else config.generation
+                beside = _flat(_evaluate(config, runner, rows, settings, prefix, console, "baseline"))
             result["baseline"] = {"model": config.evaluation.baseline, **beside}
     if predictions:
         prediction_files.write(Path(predictions), list(_predictions(scores)))
     if resolved.name and resolved.version:
-        versions.log_evaluation(resolved.name, resolved.version, scores.metrics, data=data_digest(rows, config.data))
+        versions.log_evaluation(resolved.name, resolved.version, scores.metrics, data=_digest(rows, config))
     return result | {"run_id": _log_run(config, reference, resolved, scores, console)}
 
 
@@ -105,6 +109,13 @@ def data_digest(rows: Sequence[Row], data: DataConfig) -> str:
     return fingerprint([read_as, [hashlib.sha256(row.content()).hexdigest() for row in rows]])
 
 
+def _digest(rows: Sequence[Row], config: ExperimentConfig) -> str:
+    """`data_digest`, and how answers were asked for where it is not by generation from the prompt alone."""
+    asked = config.evaluation.model_dump(include={"scoring", "length_normalization", "few_shot"}, exclude_defaults=True)
+    digest = data_digest(rows, config.data)
+    return fingerprint([digest, asked]) if asked else digest
+
+
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if isinstance(value, float)}
 
@@ -133,6 +144,15 @@ def _test_rows(config: ExperimentConfig) -> list[Row]:
     return rows
 
 
+def _few_shot(config: ExperimentConfig) -> PromptPrefix | None:
+    """The worked examples that the config asks for; None is the bundle's own prefix."""
+    count = config.evaluation.few_shot
+    if not count:
+        return None
+    rows = splits.load_splits(config.data, config.seed, ("train",)).get("train", [])
+    return questions.few_shot(rows, config.data, count, config.seed)
+
+
 def _decoding(config: ExperimentConfig, path: str, changes: Mapping[str, Any]) -> GenerationConfig | GenerationSettings:
     """How the model at `path` decodes."""
     if not all((Path(path) / name).exists() for name in (bundle.MANIFEST, bundle.GENERATION_CONFIG)):
@@ -141,7 +161,13 @@ def _decoding(config: ExperimentConfig, path: str, changes: Mapping[str, Any]) -
 
 
 def _evaluate(
-    config: ExperimentConfig, runner: Runner, rows: list[Row], decoding: Decoding, console: Console, what: str
+    config: ExperimentConfig,
+    runner: Runner,
+    rows: list[Row],
+    decoding: Decoding,
+    prefix: PromptPrefix | None,
+    console: Console,
+    what: str,
 ) -> Scores:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"evaluating {what}", total=len(rows))
@@ -151,6 +177,7 @@ def _evaluate(
             config.data,
             decoding,
             config.evaluation,
+            prefix=prefix,
             advance=lambda done: bar.advance(task, done),
         )
 

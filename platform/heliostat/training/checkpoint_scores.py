@@ -15,6 +15,7 @@ from heliostat import journal
 from heliostat.data import formats, splits
 from heliostat.data.records import Row
 from heliostat.evaluation import evaluator, metrics
+from heliostat.evaluation.evaluator import Local
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base
 from heliostat.training import bundling
@@ -126,4 +127,5 @@ def _predict(config: ExperimentConfig, bundle: Path, rows: list[Row]) -> list[me
 
 def _predict_here(config: ExperimentConfig, bundle: Path, rows: list[Row]) -> list[metrics.Example]:
     loaded = base.load_for_inference(str(bundle), device="cuda" if config.evaluation.use_gpu else "cpu")
-    return evaluator.predict(loaded, rows, config.data, config.generation, batch_size=config.evaluation.batch_size)
+    job = evaluator.answers(rows, config.data, config.generation, config.evaluation)
+    return Local(loaded).answer(job, len(rows), lambda done: None)

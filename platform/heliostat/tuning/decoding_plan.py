@@ -16,12 +16,13 @@ from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation.metrics import Metric
 from heliostat.evaluation.prefix import PromptPrefix
+from heliostat.evaluation.questions import Pair, pair_of
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import bundle
 from heliostat.registry import versions
 from heliostat.registry.versions import ResolvedModel
 from heliostat.tuning import decoding_settings, objective
-from heliostat.tuning.decoding_settings import Pair, Setting
+from heliostat.tuning.decoding_settings import Setting
 from heliostat.tuning.decoding_trial import Task
 from heliostat.tuning.space import Point, Space
 
@@ -160,4 +161,4 @@ def _shots(config: ExperimentConfig, space: Space) -> tuple[Pair, ...]:
         raise ConfigError(
             f"tune_decoding.space.few_shot: {wanted} examples are more than the {len(rows)} training rows"
         )
-    return tuple(decoding_settings.pair_of(row, config.data) for row in rows[:wanted])
+    return tuple(pair_of(row, config.data) for row in rows[:wanted])

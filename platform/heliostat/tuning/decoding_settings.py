@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
-from heliostat.errors import ConfigError, DataError, ModelError
+from heliostat.errors import ConfigError, ModelError
 from heliostat.evaluation.config import SAMPLING_SETTINGS, GenerationSettings
 from heliostat.evaluation.prefix import PromptPrefix
+from heliostat.evaluation.questions import Pair
 from heliostat.tuning import space
 from heliostat.tuning.space import Parameter, Point, Space
 
@@ -24,9 +25,6 @@ SECTION = "tune_decoding"
 SYSTEM_PROMPT, FEW_SHOT = "system_prompt", "few_shot"
 GENERATION_KEYS = tuple(GenerationSettings.model_fields)
 KEYS = (*GENERATION_KEYS, SYSTEM_PROMPT, FEW_SHOT)
-
-Pair = tuple[str, str]
-"""A prompt and its right answer."""
 
 # What transformers takes for a setting that is left out (GenerationConfig._get_default_generation_params), or what
 # switches the setting off.
@@ -141,21 +139,6 @@ def most_shots(found: Space) -> int:
     """How many training rows the space asks for as examples."""
     wanted = [value for key, value, _ in found.extremes() if key == FEW_SHOT and isinstance(value, int)]
     return max(wanted, default=0)
-
-
-def pair_of(row: Row, data: DataConfig) -> Pair:
-    """The prompt and the reference of a row, in the form that PromptPrefix has them: without a chat's markup.
-
-    Raises:
-        DataError: the row is wrong, or is a chat whose last answer follows no user's message.
-    """
-    if data.format != "chat":
-        return formats.prompt_of(row, data, None)
-    messages = formats.parse_messages(row, data)
-    last = formats.last_answer(messages)
-    if not last or messages[last - 1]["role"] != "user":
-        raise DataError(f"{row.origin}: has no user's message with an answer, so it cannot be an example (few_shot)")
-    return messages[last - 1]["content"], messages[last]["content"]
 
 
 def question_of(row: Row, data: DataConfig) -> str:

@@ -18,8 +18,9 @@ from heliostat.data.records import Row
 from heliostat.evaluation import metrics
 from heliostat.evaluation.config import GenerationSettings, JudgeConfig
 from heliostat.evaluation.metrics import Floats, Metric
+from heliostat.evaluation.questions import Pair
 from heliostat.tuning import decoding_settings, objective
-from heliostat.tuning.decoding_settings import Pair, Setting
+from heliostat.tuning.decoding_settings import Setting
 from heliostat.tuning.reports import ERROR, FINISHED
 
 SCORE, PROMPTS, TOKENS, SECONDS, STATISTICS = "score", "prompts", "tokens", "seconds", "statistics"

@@ -1,9 +1,11 @@
 """Rows -> segments: the exact text, which of it is learned, and a clear refusal of everything malformed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from heliostat.data import records
 from heliostat.data.config import DataConfig
 from heliostat.data.formats import CHATML, ChatTemplate, Segment, chat_template, prompt_of, to_segments
 from heliostat.data.records import Row
@@ -197,3 +199,17 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(ModelError, match=r"set model\.chat_template: chatml"):
         chat_template(tokenizer, config("chat"))
     assert chat_template(tokenizer, config("text")) is None
+
+
+@pytest.mark.shared_data
+def test_real_tool_calls_learn_the_assistants_turns_alone(shared_data: Path) -> None:
+    """Function calls are the assistant's; what the functions answer is not."""
+    chat, chats = template(), config("chat")
+    rows = records.read(str(shared_data / "chat" / "glaive_toolcall_en_demo.json"))
+    calls = 0
+    for found in rows:
+        turns = found.fields["conversations"]
+        expected = [f"{turn['value']}<|im_end|>" for turn in turns if turn["from"] in ("gpt", "function_call")]
+        assert [segment.text for segment in to_segments(found, chats, chat) if segment.learn] == expected
+        calls += sum(turn["from"] == "function_call" for turn in turns)
+    assert calls > 200

@@ -61,7 +61,7 @@ def _query(qa: Mapping[str, Any], place: str) -> str:
 
 
 def _answers(qa: Any, place: str) -> list[dict[str, Any]]:
-    answers = _get(qa, "answers", list, place)
+    answers: list[dict[str, Any]] = _get(qa, "answers", list, place)
     if not answers:
         raise DataError(f"{place}: has no answer; leave out the rows of a test set without answers")
     for answer in answers:

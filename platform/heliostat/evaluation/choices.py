@@ -105,7 +105,7 @@ class ChoiceWork:
         scores = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
         best = self._choices[index][scores.index(max(scores))]
         reference, *others = question.references
-        return Example(question.prompt, best, reference, 0, tuple(others))
+        return Example(question.prompt, best, reference, 0, others=tuple(others))
 
     def _check_lengths(self, rows: Sequence[Row]) -> None:
         positions = getattr(self._model.config, "max_position_embeddings", None)

@@ -338,7 +338,7 @@ class PredictionWork:
         for index, text, output in zip(batch.prompts, texts, outputs, strict=True):
             question = self._questions[index]
             reference, *others = question.references
-            found[index] = Example(question.prompt, text, reference, len(output), tuple(others))
+            found[index] = Example(question.prompt, text, reference, len(output), others=tuple(others))
         return found
 
 

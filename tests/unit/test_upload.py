@@ -77,6 +77,15 @@ def test_the_written_folder_gives_the_same_rows_to_the_same_keys(here: Path, tmp
     assert (job / f"files{tmp_path}/elsewhere/a.jsonl").read_text() == '{"text": "a"}\n'
 
 
+def test_the_data_sets_of_a_mixture_keep_their_weights(here: Path, tmp_path: Path) -> None:
+    outside = write(tmp_path / "elsewhere" / "a.jsonl")
+    write(here / "b.jsonl")
+    taken = Upload()
+    keys = of_config(taken, config(data={"train": [{"path": "../elsewhere/a.jsonl", "weight": 2}, "b.jsonl"]}))
+    assert keys == {"data.train": [{"path": f"files{outside}", "weight": 2.0, "columns": {}}, "b.jsonl"]}
+    assert config(data={"train": keys["data.train"]}).data.sources[0].weight == 2
+
+
 def test_model_folders_are_taken_whole_and_names_left_alone(here: Path) -> None:
     folder = here / "bundle"
     for name in ("config.json", "tokenizer/tokenizer.json"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from heliostat.data import records
+from heliostat.data.config import TrainSource
 from heliostat.errors import ConfigError, ModelError, ResourceError
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import files
@@ -136,7 +137,7 @@ def of_config(upload: Upload, config: ExperimentConfig) -> dict[str, object]:
     found: dict[str, tuple[object, object]] = {}
     for key, sources in _sources(config).items():
         as_list = [sources] if isinstance(sources, str) else sources
-        moved = [upload.data(source) for source in as_list]
+        moved = [_moved(upload, source) for source in as_list]
         found[key] = (sources, moved[0] if isinstance(sources, str) else moved)
     template, deepspeed = config.model.chat_template, config.training.deepspeed
     if template not in (None, "chatml"):
@@ -155,7 +156,13 @@ def readable(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
 
 
-def _sources(config: ExperimentConfig) -> Mapping[str, str | list[str]]:
+def _moved(upload: Upload, source: str | TrainSource) -> object:
+    if isinstance(source, str):
+        return upload.data(source)
+    return {**source.model_dump(), "path": upload.data(source.path)}
+
+
+def _sources(config: ExperimentConfig) -> Mapping[str, str | Sequence[str | TrainSource]]:
     data = config.data
     given = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     return {key: sources for key, sources in given.items() if sources is not None}

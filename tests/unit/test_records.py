@@ -171,3 +171,25 @@ def test_real_files_read_completely() -> None:
     assert {row.fields["label"] for row in spam} == {"ham", "spam"}
     assert len(read(str(SHARED / "alpaca/*.json"))) == 1700
     assert len(read(str(SHARED / "gsm8k/train.jsonl"))) == 3000
+
+
+def test_parallel_lines_are_rows(tmp_path: Path) -> None:
+    write(tmp_path / "val.en", "a man\n\na dog  \n")
+    write(tmp_path / "val.de", "ein Mann\nleer\nein\u2028Hund\n")
+    source = str(tmp_path / "val.{en,de}")
+    assert [row.fields for row in read(source)] == [
+        {"en": "a man", "de": "ein Mann"},
+        {"en": "", "de": "leer"},
+        {"en": "a dog", "de": "ein\u2028Hund"},
+    ]
+    assert read(source)[2].origin == f"{tmp_path}/val.en:3"
+    assert [Path(entry["path"]).name for entry in file_manifest(source)] == ["val.en", "val.de"]
+
+
+def test_parallel_files_of_other_lengths_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "val.en", "one\ntwo\n")
+    write(tmp_path / "val.de", "eins\n")
+    with pytest.raises(DataError, match=r"val\.de: has 1 lines where .*val\.en has 2"):
+        read(str(tmp_path / "val.{en,de}"))
+    with pytest.raises(DataError, match=r"val\.fr: no such file"):
+        read(str(tmp_path / "val.{en,fr}"))

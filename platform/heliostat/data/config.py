@@ -93,8 +93,9 @@ class DataConfig(StrictModel):
     """Where the rows come from and how they are read."""
 
     train: str | list[str | TrainSource] | None = None
-    """Files, globs, or `hf:NAME[:SPLIT]` of the training rows: .jsonl .json .csv .tsv .parquet .txt; or data sets with
-    weights: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
+    """Files, globs, or `hf:NAME[:SPLIT]` of the training rows: .jsonl .json .csv .tsv .parquet .txt, or text files of
+    parallel lines as `train.{en,de}` (columns `en` and `de`); or data sets with weights: [{path: a.jsonl, weight: 2},
+    {path: b.jsonl}]."""
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     validation_size: float = Field(0.05, ge=0)

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ import pyarrow.parquet
 from heliostat.errors import DataError
 
 HUB_PREFIX = "hf:"
+# `train.{en,de}`: files that have a row in common on each line.
+_PARALLEL = re.compile(r"(.*)\{([^{},]+(?:,[^{},]+)+)\}(.*)")
 # Documents are longer than the csv module's 128 KiB default; the largest value that fits a C long everywhere.
 FIELD_SIZE_LIMIT = 2**31 - 1
 
@@ -43,7 +46,8 @@ def read(
 ) -> list[Row]:
     """Read files, globs (sorted) or `hf:NAME[:SPLIT]` (default split: train), in the order given.
 
-    Supported: .jsonl .json (an array of objects) .csv (RFC 4180 quoting) .tsv (no quoting) .parquet .txt.
+    Supported: .jsonl .json (an array of objects) .csv (RFC 4180 quoting) .tsv (no quoting) .parquet .txt, and text
+    files of parallel lines as `train.{en,de}`, whose columns are then `en` and `de`.
     `column_names` names the columns of csv and tsv files without a header line. A .txt file is one document, or is
     split at `text_separator`, the parts stripped of surrounding white space.
 
@@ -54,6 +58,10 @@ def read(
     for source in _as_list(sources):
         if source.startswith(HUB_PREFIX):
             rows += _read_hub(source)
+            continue
+        if files := parallel_files(source):
+            expand(source)  # tells of one that is not there
+            rows += _read_parallel(files)
             continue
         for path in expand(source):
             found = _read_file(path, column_names, text_separator)
@@ -82,11 +90,13 @@ def local_files(source: str) -> list[Path]:
 
 
 def expand(source: str) -> list[Path]:
-    """The files that one path or glob stands for, sorted.
+    """The files that one path or glob stands for, sorted; of parallel lines, in the order of their columns.
 
     Raises:
         DataError: there are none, or the source is a folder.
     """
+    if files := parallel_files(source):
+        return [found for path in files.values() for found in expand(str(path))]
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"{source}: is a folder; name its files, such as {path}/*.jsonl")
@@ -97,6 +107,31 @@ def expand(source: str) -> list[Path]:
         problem = "matches no file" if glob.has_magic(str(path)) else "no such file"
         raise DataError(f"{source}: {problem} (looked in {Path.cwd()})")
     return found
+
+
+def parallel_files(source: str) -> dict[str, Path]:
+    """Column -> file, where the source names files of parallel lines (`train.{en,de}`); else empty."""
+    match = _PARALLEL.fullmatch(source)
+    if match is None:
+        return {}
+    start, names, end = match.groups()
+    return {name: Path(f"{start}{name}{end}").expanduser() for name in names.split(",")}
+
+
+def _read_parallel(files: dict[str, Path]) -> list[Row]:
+    columns = {name: _decode(path).rstrip("\n").split("\n") for name, path in files.items()}
+    first, *others = files
+    for name in others:
+        if len(columns[name]) != len(columns[first]):
+            raise DataError(
+                f"{files[name]}: has {len(columns[name])} lines where {files[first]} has {len(columns[first])}; "
+                "lines of parallel files belong together"
+            )
+    rows = zip(*columns.values(), strict=True)
+    return [
+        Row({name: line.strip() for name, line in zip(files, lines, strict=True)}, f"{files[first]}:{number}")
+        for number, lines in enumerate(rows, 1)
+    ]
 
 
 def _as_list(sources: str | Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from heliostat.data.formats import CHATML
 from heliostat.models.base import Head
@@ -21,14 +21,24 @@ KEYS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
 }
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "bart": {
+        "d_model": 32,
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+        "max_position_embeddings": 128,
+    },
+    "t5": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 64},
+}
 TEXTS = [f"the {a} {b} goes to the {c} at {n} o'clock" for a in ["red", "big", "old"] for b in ["cat", "dog", "man"]
          for c in ["house", "river", "market"] for n in range(4)]  # fmt: skip
 
 
-def tokenizer() -> Any:
-    """A byte-level BPE tokenizer with a ChatML template."""
-    made = train_tokenizer(TEXTS, 400, 128, chat=True)
-    made.chat_template = CHATML
+def tokenizer(*, ends: bool = False) -> Any:
+    """A byte-level BPE tokenizer with a ChatML template; with `ends`, one for encoder-decoders, which do not chat."""
+    made = train_tokenizer(TEXTS, 400, 128, chat=True, ends=ends)
+    made.chat_template = None if ends else CHATML
     return made
 
 
@@ -53,11 +63,15 @@ def write_classifier(folder: Path, model_type: str, labels: tuple[str, ...] = LA
 
 def write_model(folder: Path, model_type: str, **keys: Any) -> Path:
     """Write a random model and its tokenizer to `folder`. `keys`: more of its config."""
-    made = tokenizer()
+    pairs = model_type in ENCODER_DECODERS
+    made = tokenizer(ends=pairs)
     ids = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
-    config = AutoConfig.for_model(model_type, vocab_size=len(made), **ids, **KEYS[model_type], **keys)
+    if pairs:
+        ids |= {"decoder_start_token_id": made.bos_token_id, "forced_eos_token_id": None}
+    shape = (ENCODER_DECODERS if pairs else KEYS)[model_type]
+    config = AutoConfig.for_model(model_type, vocab_size=len(made), **ids, **shape, **keys)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM).from_config(config)
     # The usual initialisation is so small that all logits are alike; spread, greedy decoding has clear winners.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -373,7 +373,7 @@ def _generate(options: argparse.Namespace) -> Result | None:
     from heliostat.registry import versions
 
     loaded = base.load_for_inference(versions.resolve(options.model).path)
-    loaded.check_task("causal_lm")
+    loaded.check_task("causal_lm", "seq2seq")
     if options.stream or talking:
         command.stream(loaded, _typed() if talking else prompts, given, options.seed, options.write)
         return None

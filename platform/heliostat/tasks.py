@@ -2,5 +2,6 @@
 
 from typing import Literal
 
-Task = Literal["causal_lm", "classification"]
-"""causal_lm: the next token. classification: one of a set of labels for a whole text."""
+Task = Literal["causal_lm", "classification", "seq2seq"]
+"""causal_lm: the next token. classification: one of a set of labels for a whole text. seq2seq: a text from
+another, by an encoder and a decoder."""

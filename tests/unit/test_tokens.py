@@ -222,3 +222,38 @@ def test_unfit_tokenizers_and_damaged_folders_are_refused(tokenizer: PreTrainedT
         encode(pairs(("a", "b")), tokenizer, config())
     with pytest.raises(DataError, match="delete the folder"):
         TokenDataset.open(tmp_path)
+
+
+def translations(*values: tuple[str, str]) -> list[Row]:
+    return [Row({"source": source, "target": target}, f"f:{i}") for i, (source, target) in enumerate(values, 1)]
+
+
+def test_a_source_and_its_target_end_each_by_itself(tmp_path: Path) -> None:
+    made = train_tokenizer(CORPUS, 400, 512, ends=True)
+    rows = translations(("the quick", " fox"), ("<|pad|>", "the dog"))
+    documents = open_documents(encode(rows, made, config("seq2seq")), tmp_path / "pairs")
+    for (ids, mask), row in zip(documents, rows, strict=True):
+        start = mask.index(True)
+        assert (made.decode(ids[: start - 1]), made.decode(ids[start:-1])) == (
+            row.fields["source"],
+            row.fields["target"],
+        )
+        assert ids[start - 1] == ids[-1] == made.eos_token_id
+        assert all(mask[start:])
+        assert DocumentEncoder(made, config("seq2seq")).prompts([row.fields["source"]]) == [ids[:start]]
+
+
+def test_of_a_long_pair_the_source_is_cut_and_still_ends() -> None:
+    made = train_tokenizer(CORPUS, 400, 512, ends=True)
+    rows = translations(("the quick brown fox " * 5, "the lazy dog"))
+    whole = encode(rows, made, config("seq2seq"))
+    cut = encode(rows, made, config("seq2seq", max_length=16, excess_length_strategy="truncate"))
+    start, target = int(cut.loss_mask.argmax()), int(cut.loss_mask.sum())
+    assert len(cut.input_ids) == 16
+    assert cut.counts.truncated == 1
+    assert cut.input_ids[:start].tolist() == [*whole.input_ids[: start - 1].tolist(), made.eos_token_id]
+    assert cut.input_ids[start:].tolist() == whole.input_ids[-target:].tolist()
+    with pytest.raises(DataError, match="none of the 1 rows fits"):
+        encode(rows, made, config("seq2seq", max_length=target + 1, excess_length_strategy="truncate"))
+    with pytest.raises(DataError, match=r"exceed data\.max_length: 16"):
+        encode(rows, made, config("seq2seq", max_length=16))

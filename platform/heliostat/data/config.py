@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from heliostat.config import StrictModel
 from heliostat.tasks import Task
 
-Format = Literal["text", "prompt_completion", "alpaca", "chat", "classification", "cloze"]
+Format = Literal["text", "prompt_completion", "alpaca", "chat", "cloze", "classification", "seq2seq"]
 Severity = Literal["info", "warning", "error"]
 Check = Literal[
     "nothing_learned",
@@ -35,11 +35,12 @@ SEVERITIES: dict[Check, Severity] = {
     "label_imbalance": "warning",
 }
 """How bad it is that a check finds something, unless `data.audit.severity` says otherwise."""
+_TASKS: dict[Format, Task] = {"classification": "classification", "seq2seq": "seq2seq"}
 
 
 def task_of(data_format: Format) -> Task:
     """What a model learns from rows of this format."""
-    return "classification" if data_format == "classification" else "causal_lm"
+    return _TASKS.get(data_format, "causal_lm")
 
 
 class AuditConfig(StrictModel):
@@ -109,7 +110,7 @@ class DataConfig(StrictModel):
     """Names of the columns of a csv or tsv file without a header line."""
     prompt_template: str | None = None
     """Prompt built from the columns, such as "Message: {text}\\nLabel:" (formats prompt_completion, classification,
-    cloze)."""
+    cloze, and seq2seq, whose source it is)."""
     completion_template: str | None = None
     labels: list[str] | None = Field(None, min_length=2)
     """The labels of `format: classification`; default: those that occur in the training rows, sorted."""
@@ -143,16 +144,16 @@ class DataConfig(StrictModel):
     @classmethod
     def _packing_of_the_task(cls, values: Any) -> Any:
         """Only next-token prediction packs: what is left open is then off."""
-        if isinstance(values, dict) and values.get("format") == "classification":
+        if isinstance(values, dict) and values.get("format") in _TASKS:
             return {"packing": False, **values}
         return values
 
     @model_validator(mode="after")
     def _templates_fit_format(self) -> Self:
-        if self.prompt_template and self.format not in ("prompt_completion", "classification", "cloze"):
-            raise ValueError("prompt_template belongs to the formats prompt_completion, classification and cloze")
-        if self.completion_template and self.format != "prompt_completion":
-            raise ValueError("completion_template belongs to `format: prompt_completion`")
+        if self.prompt_template and self.format not in ("prompt_completion", "classification", "cloze", "seq2seq"):
+            raise ValueError("prompt_template belongs to the formats prompt_completion, classification, cloze and seq2seq")
+        if self.completion_template and self.format not in ("prompt_completion", "seq2seq"):
+            raise ValueError("completion_template belongs to `format: prompt_completion` or `seq2seq`")
         if self.format == "cloze" and self.columns:
             raise ValueError(
                 "`columns` does not go with `format: cloze`, whose files have one form; set prompt_template"
@@ -163,8 +164,8 @@ class DataConfig(StrictModel):
     def _settings_of_the_task(self) -> Self:
         if self.task != "causal_lm" and self.packing:
             raise ValueError(f"`packing` does not go with `format: {self.format}`, which has one text a row; drop it")
-        if self.task == "classification" and self.train_on_inputs:
-            raise ValueError("`train_on_inputs` does not go with `format: classification`, which learns labels alone")
+        if self.task != "causal_lm" and self.train_on_inputs:
+            raise ValueError(f"`train_on_inputs` does not go with `format: {self.format}`, whose inputs are only read")
         if self.task != "classification" and self.labels:
             raise ValueError("`labels` belongs to `format: classification`")
         if self.labels and len(set(self.labels)) < len(self.labels):

@@ -108,8 +108,9 @@ def to_segments(row: Row, config: DataConfig, chat: ChatTemplate | None) -> list
     """The document of a row. `chat` is needed for `format: chat` only.
 
     text: one learned segment. prompt_completion, alpaca: prompt, learned completion. cloze: passage and query, learned
-    first answer. classification: text, learned label. chat: every assistant turn that answers something is learned, up
-    to and with its end token; what follows the last one is left out. With `train_on_inputs` everything is learned.
+    first answer. classification: text, learned label. seq2seq: source, learned target. chat: every assistant turn that
+    answers something is learned, up to and with its end token; what follows the last one is left out. With
+    `train_on_inputs` everything is learned.
 
     Raises:
         DataError: a column is missing, empty or of a wrong type, or the messages are malformed; names row and column.
@@ -235,14 +236,15 @@ def _prompt_and_completion(row: Row, config: DataConfig) -> tuple[str, str]:
         return _alpaca_prompt(row, config), _filled(field_text(row, config, "output"), row, "output")
     if config.format == "classification":
         field = "prompt" if config.prompt_template else "text"
-        text = _from_template(row, config, field, config.prompt_template)
+        text = _from_template(row, config, field, "prompt_template", config.prompt_template)
         return _filled(text, row, "text"), label_of(row, config)
     if config.format == "cloze":
-        prompt = _from_template(row, config, "prompt", config.prompt_template or CLOZE_PROMPT)
+        prompt = _from_template(row, config, "prompt", "prompt_template", config.prompt_template or CLOZE_PROMPT)
         return prompt, references_of(row, config)[0]
-    prompt = _from_template(row, config, "prompt", config.prompt_template)
-    completion = _from_template(row, config, "completion", config.completion_template)
-    return prompt, _filled(completion, row, "completion")
+    asked, wanted = ("source", "target") if config.format == "seq2seq" else ("prompt", "completion")
+    prompt = _from_template(row, config, asked, "prompt_template", config.prompt_template)
+    completion = _from_template(row, config, wanted, "completion_template", config.completion_template)
+    return _filled(prompt, row, asked) if asked == "source" else prompt, _filled(completion, row, wanted)
 
 
 def _alpaca_prompt(row: Row, config: DataConfig) -> str:
@@ -265,14 +267,13 @@ class _ColumnFormatter(string.Formatter):
         return text, field_name
 
 
-def _from_template(row: Row, config: DataConfig, field: str, template: str | None) -> str:
+def _from_template(row: Row, config: DataConfig, field: str, key: str, template: str | None) -> str:
     if template is None:
         return field_text(row, config, field)
     try:
         return _ColumnFormatter(row, config).vformat(template, (), {})
     except ValueError as error:
-        key = f"data.{field}_template"
-        raise ConfigError(f"{key}: {error}; write {{column}} for a column, {{{{ and }}}} for braces") from error
+        raise ConfigError(f"data.{key}: {error}; write {{column}} for a column, {{{{ and }}}} for braces") from error
 
 
 def parse_messages(row: Row, config: DataConfig) -> list[Message]:

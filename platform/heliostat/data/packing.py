@@ -7,6 +7,7 @@ mask from that. This holds only without an attention mask and with `use_cache=Fa
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +120,23 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int, *, flatten: bool) -> d
     int32 `cu_seq_lens_q/k` [documents + 1] and `max_length_q/k`, as transformers' DataCollatorWithFlattening does it.
     """
     return _flatten(rows) if flatten else _pad(rows, pad_token_id)
+
+
+def collate_pairs(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Of rows that hold a source and a learned target: `input_ids` and `attention_mask` [rows, longest source], padded
+    on the right, and `labels` [rows, longest target], filled up with -100. A row without labels is a source alone.
+    """
+    learned = [row.labels != IGNORED for row in rows]
+    sources = [torch.from_numpy(row.input_ids[~mask]) for row, mask in zip(rows, learned, strict=True)]
+    targets = [torch.from_numpy(row.labels[mask]) for row, mask in zip(rows, learned, strict=True)]
+    if not any(map(len, targets)):
+        targets[0] = torch.tensor([IGNORED])
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad(sources, padding_value=pad_token_id),
+        "attention_mask": pad([torch.ones_like(source) for source in sources]),
+        "labels": pad(targets, padding_value=IGNORED),
+    }
 
 
 def _pad(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, torch.Tensor | int]:

@@ -10,6 +10,8 @@ could merge characters across their border.
   template already ended the answer with it; a template with another end token (Gemma's <end_of_turn>) gets both.
 - For classification there is no end token, and the last "token" is the number of the label, the only one with loss.
   Before it come the ids that the tokenizer itself makes of the text, with whatever special tokens it puts around it.
+- `seq2seq` keeps two sequences in one document, source and target, each with the special tokens that the tokenizer puts
+  around it; the first learned token is where the target begins.
 - Text that looks like a special token stays text in plain formats; in chats, the template's own are parsed.
 """
 
@@ -120,7 +122,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Encoded:
     """Tokenise rows into documents of at most `max_length` tokens.
 
     Longer ones are split into pieces of nearly equal length (`text`), or treated by `excess_length_strategy`: raise,
-    truncate (the beginning is kept, so its end and eos are lost; but a label stays) or drop.
+    truncate (the beginning is kept, so its end and eos are lost; but a label or target stays) or drop.
 
     Raises:
         DataError: a row is wrong (see `to_segments`) or too long, or no document is left.
@@ -166,11 +168,11 @@ class DocumentEncoder:
         self._tokenizer = tokenizer
         self._config = config
         self._template = chat_template(tokenizer, config)
-        self._bos = [] if self._template else leading_bos(tokenizer)
+        self._bos = [] if self._template or config.task == "seq2seq" else leading_bos(tokenizer)
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the prompts that `prompt_of` gives: exactly the prefixes of the trained documents."""
-        if self._config.task == "classification":
+        if self._config.task != "causal_lm":
             return text_ids(self._tokenizer, texts)
         return [self._bos + ids for ids in self._tokenise(texts)["input_ids"]]
 
@@ -184,6 +186,8 @@ class DocumentEncoder:
         if self._config.task == "classification":
             texts = self.prompts([text.text for text, _ in segments])
             return [self._labelled(ids, label.text) for ids, (_, label) in zip(texts, segments, strict=True)]
+        if self._config.task == "seq2seq":
+            return self._pairs(segments)
         prompts = self._prompts_with_masks([parts[:-1] for parts in segments])
         completions = self._tokenise([parts[-1].text for parts in segments])["input_ids"]
         return [self._join(*prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -191,6 +195,14 @@ class DocumentEncoder:
     def _labelled(self, text: list[int], label: str) -> tuple[Ids, Mask]:
         ids = np.array([*text, self._labels[label]], dtype=np.int32)
         return ids, np.arange(len(ids)) == len(text)
+
+    def _pairs(self, segments: list[list[Segment]]) -> list[tuple[Ids, Mask]]:
+        sources = text_ids(self._tokenizer, [source.text for source, _ in segments])
+        texts = [target.text for _, target in segments]
+        targets = self._tokenizer(text_target=texts, split_special_tokens=True, verbose=False)["input_ids"]
+        return [
+            self._join(source, [False] * len(source), target) for source, target in zip(sources, targets, strict=True)
+        ]
 
     def _join(self, prompt: list[int], prompt_mask: list[bool], completion: list[int]) -> tuple[Ids, Mask]:
         eos = self._tokenizer.eos_token_id
@@ -277,5 +289,17 @@ def _fit(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
     if config.task == "classification":
         cut = config.excess_length_strategy == "truncate"
         return [(np.append(ids[: limit - 1], ids[-1]), np.append(mask[: limit - 1], mask[-1]))] if cut else []
+    if config.format == "seq2seq":
+        return _with_shorter_source(ids, mask, config)
     fits = config.excess_length_strategy == "truncate" and mask[1:limit].any()
     return [(ids[:limit], mask[:limit])] if fits else []
+
+
+def _with_shorter_source(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
+    """A source and its target, of which the source alone is cut: before its last token, which ends it."""
+    start = int(mask.argmax())
+    room = config.max_length - (len(ids) - start)
+    if config.excess_length_strategy != "truncate" or room < 2:
+        return []
+    kept = np.r_[0 : room - 1, start - 1 : len(ids)]
+    return [(ids[kept], mask[kept])]

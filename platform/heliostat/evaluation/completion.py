@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, TextStreamer
 
-from heliostat.data.tokens import leading_bos
+from heliostat.data.tokens import leading_bos, text_ids
 from heliostat.errors import ConfigError
 from heliostat.evaluation.generate import batches, changed_config, decode, generate, generate_batch
 from heliostat.evaluation.prefix import PromptPrefix
@@ -87,6 +87,8 @@ def encode_prompt(loaded: InferenceModel, prompt: str) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     text = prefix.text() + fill(manifest.get("prompt_template"), prompt)
+    if loaded.task == "seq2seq":
+        return text_ids(tokenizer, [text])[0]
     ids = leading_bos(tokenizer) + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if not ids:
         raise ConfigError("the prompt is empty; the model needs at least one token to go on from")

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig
 
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
-from heliostat.data.packing import IGNORED, PackedDataset, collate
+from heliostat.data.packing import IGNORED, PackedDataset, PackedRow, collate, collate_pairs
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder, TokenDataset, encode
 from heliostat.errors import ConfigError, DataError
@@ -234,11 +235,11 @@ class LikelihoodWork:
     """The likelihood of rows of data, in pieces: packed rows, the same on every machine."""
 
     def __init__(self, loaded: InferenceModel, rows: Sequence[Row], data: DataConfig) -> None:
-        loaded.check_task("causal_lm")
+        loaded.check_task(data.task)
         encoded = encode(rows, loaded.tokenizer, data)
         tokens = TokenDataset(encoded.input_ids, encoded.loss_mask, encoded.offsets, {})
         # Virtual tokens stand before a row: each document needs one of its own.
-        packing = not isinstance(loaded.model, VirtualTokensModel)
+        packing = data.task == "causal_lm" and not isinstance(loaded.model, VirtualTokensModel)
         self._packed = PackedDataset(tokens, data.max_length, packing=packing)
         self._loaded = loaded
 
@@ -247,15 +248,23 @@ class LikelihoodWork:
 
     def piece(self, number: int) -> RowLikelihood:
         """What the packed row adds to the sums."""
-        model, pad = self._loaded.model, self._loaded.tokenizer.pad_token_id
-        batch: dict[str, Any] = collate([self._packed.row(number)], pad, flatten=False)
-        labels = batch.pop("labels")[0, 1:].to(model.device)
-        with torch.inference_mode():
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            logits = model(**inputs, use_cache=False).logits[0, :-1].float()
+        logits, labels = self._scores(self._packed.row(number))
         learned = labels != IGNORED
         loss = functional.cross_entropy(logits[learned], labels[learned], reduction="sum")
         return loss.item(), int((logits.argmax(-1) == labels)[learned].sum()), int(learned.sum())
+
+    @torch.inference_mode()
+    def _scores(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """Logits [tokens, vocabulary] of the tokens that `labels` [tokens] names."""
+        model, pad = self._loaded.model, self._loaded.tokenizer.pad_token_id
+        pairs = self._loaded.task == "seq2seq"
+        given = collate_pairs([row], pad) if pairs else collate([row], pad, flatten=False)
+        batch = {name: torch.as_tensor(value, device=model.device) for name, value in given.items()}
+        labels = batch.pop("labels")
+        if pairs:
+            batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+            return model(**batch, use_cache=False).logits[0].float(), labels[0]
+        return model(**batch, use_cache=False).logits[0, :-1].float(), labels[0, 1:]
 
 
 def mean_likelihood(parts: Sequence[RowLikelihood]) -> dict[str, float]:
@@ -313,7 +322,7 @@ class PredictionWork:
         seed: int = 0,
         prefix: PromptPrefix | None = None,
     ) -> None:
-        loaded.check_task("causal_lm")
+        loaded.check_task(data.task)
         own = PromptPrefix.of(loaded.manifest) if prefix is None else prefix
         template = formats.chat_template(loaded.tokenizer, data)
         self._loaded, self._seed = loaded, seed

@@ -113,7 +113,7 @@ def generate_batch(
     torch.manual_seed(int(np.random.SeedSequence([seed, batch.number]).generate_state(1)[0]))
     changes = {"max_new_tokens": batch.max_new_tokens, "pad_token_id": pad_token_id, "num_return_sequences": 1}
     limited = GenerationConfig.from_dict({**config.to_dict(), **changes})
-    ids, mask = left_padded(prompts)
+    ids, mask = padded(model, prompts)
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids.to(model.device),
@@ -122,22 +122,32 @@ def generate_batch(
             tokenizer=tokenizer if limited.stop_strings else None,
             streamer=streamer,
         )
-    return [_until_end(row[ids.shape[1] :].tolist(), limited) for row in output]
+    return [_until_end(row[given_tokens(model, ids) :].tolist(), limited) for row in output]
 
 
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of the prompts, both (n, longest).
+def padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of the prompts, both (n, longest): on the left for decoders, which go on from the
+    last token, on the right for encoders.
 
     The mask hides the padding from the model, but not from a repetition penalty: a token of the prompt is neutral.
     """
     longest = max(map(len, prompts))
-    rows = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows), torch.tensor(mask)
+    rows = [([prompt[0]] * (longest - len(prompt)), list(prompt)) for prompt in prompts]
+    mask = [([0] * (longest - len(prompt)), [1] * len(prompt)) for prompt in prompts]
+    left = not model.config.is_encoder_decoder
+    return tuple(torch.tensor([pad + own if left else own + pad for pad, own in pairs]) for pairs in (rows, mask))
+
+
+def given_tokens(model: Any, ids: torch.Tensor) -> int:
+    """Tokens before the new ones in what `generate()` returns: the prompts `ids`, or an encoder-decoder's start."""
+    return 1 if model.config.is_encoder_decoder else ids.shape[1]
 
 
 def _new_token_limits(model: Any, prompts: Sequence[list[int]], wanted: int) -> list[int]:
-    # Models without learned or rotary positions (state space models) have no such key, and no end.
+    """The encoder of an encoder-decoder has positions of its own, so that a prompt takes none from the answer.
+
+    Models without learned or rotary positions (state space models) have no such key, and no end.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
@@ -147,7 +157,9 @@ def _new_token_limits(model: Any, prompts: Sequence[list[int]], wanted: int) -> 
                 f"prompt {number} of {len(prompts)} has {len(prompt)} tokens, which leaves none of the model's "
                 f"{positions} positions for an answer; shorten it"
             )
-    return [wanted if positions is None else min(wanted, positions - len(prompt)) for prompt in prompts]
+    if positions is None:
+        return [wanted for _ in prompts]
+    return [min(wanted, positions - (0 if model.config.is_encoder_decoder else len(prompt))) for prompt in prompts]
 
 
 def _until_end(tokens: list[int], config: GenerationConfig) -> list[int]:

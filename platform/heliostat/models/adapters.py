@@ -26,7 +26,7 @@ from heliostat.models import bundle
 from heliostat.models.config import AdapterConfig
 from heliostat.tasks import Task
 
-_TASK_TYPES: dict[Task, str] = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+_TASK_TYPES: dict[Task, str] = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 """PEFT's names. With SEQ_CLS the head learns whole, and is saved with the adapter."""
 
 WEIGHTS = "adapter_model.safetensors"

@@ -21,6 +21,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -42,9 +43,11 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 _CLASSES: dict[Task, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 _NAMES: dict[Task, str] = {
     "causal_lm": "language model",
+    "seq2seq": "encoder-decoder",
     "classification": "classifier (`heliostat evaluate` scores it, and the endpoint answers at /classify)",
 }
 # What the names of a task's architectures end with, in config.json.
@@ -96,12 +99,12 @@ class InferenceModel:
         """The classes of a classifier, in the order of their numbers."""
         return tuple(self.model.config.id2label[number] for number in range(self.model.config.num_labels))
 
-    def check_task(self, needed: Task) -> None:
+    def check_task(self, *needed: Task) -> None:
         """Raises:
-        ModelError: the model is made for another task.
+        ModelError: the model is made for none of these tasks.
         """
-        if self.task != needed:
-            raise ModelError(f"{self.path}: is a {_NAMES[self.task]}, and a {_NAMES[needed]} is needed here")
+        if self.task not in needed:
+            raise ModelError(f"{self.path}: is a {_NAMES[self.task]}, and a {_NAMES[needed[0]]} is needed here")
 
 
 def resolve(reference: str) -> str:
@@ -194,9 +197,10 @@ def task_of(source: str) -> Task:
         return named
     if (folder / ADAPTER_CONFIG).exists():
         return "causal_lm"
-    names = load_config(source).architectures or []
+    config = load_config(source)
+    names = config.architectures or []
     found = (task for task, ending in _ARCHITECTURES.items() if any(name.endswith(ending) for name in names))
-    return next(found, "causal_lm")
+    return next(found, "seq2seq" if config.is_encoder_decoder else "causal_lm")
 
 
 def load_model(

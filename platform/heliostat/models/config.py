@@ -11,7 +11,7 @@ class ScratchConfig(StrictModel):
     """A new model: a tokenizer trained on the training data, and randomly initialised weights."""
 
     model_type: str = "gpt2"
-    """Any causal architecture of transformers' AutoConfig: gpt2, llama, qwen3, ..."""
+    """Any causal architecture of transformers' AutoConfig: gpt2, llama, qwen3, ...; for seq2seq bart, t5, ..."""
     vocab_size: PositiveInt = 4096
     """Upper bound of the byte-level BPE vocabulary, special tokens included."""
     config: dict[str, Any] = Field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from heliostat.errors import ConfigError
@@ -18,14 +19,21 @@ PAD = "<|pad|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int, *, chat: bool) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int, *, chat: bool = False, ends: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (Sennrich et al. 2016; GPT-2's byte alphabet) of at most `vocab_size` entries.
 
-    With `chat`, the ChatML turn markers are tokens of their own.
+    With `chat`, the ChatML turn markers are tokens of their own. With `ends` it puts the end token behind every text,
+    as those of encoder-decoders do.
     """
     special = [END, PAD, *(CHAT_TOKENS if chat else ())]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
+    if ends:
+        bpe._tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, bpe.token_to_id(END))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,
         bos_token=END,
@@ -57,6 +65,8 @@ def write(folder: Path, tokenizer: Any, model_type: str, keys: dict[str, Any], m
         "pad_token_id": tokenizer.pad_token_id,
         "vocab_size": len(tokenizer),
     }
+    if config_class().is_encoder_decoder:
+        owned |= {"decoder_start_token_id": tokenizer.bos_token_id, "forced_eos_token_id": None}
     values = {"max_position_embeddings": max_length, **keys, **owned}
     try:
         # By the architecture's own names (gpt2: n_positions): given under two, a value would count or not by chance.

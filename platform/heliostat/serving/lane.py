@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from heliostat.errors import ModelError
-from heliostat.evaluation.generate import left_padded
+from heliostat.evaluation.generate import given_tokens, padded
 from heliostat.serving.admission import Admission
 from heliostat.serving.calls import Delta
 from heliostat.serving.engine import EngineFailed, token_ids
@@ -286,10 +286,11 @@ class Lane:
 
     def _generate(self, batch: list[_Request], params: SamplingParams) -> list[list[list[int]]]:
         """The new tokens of each request's completions; what follows an end token or stop string is of no meaning."""
-        ids, mask = left_padded([request.prompt_ids for request in batch])
+        ids, mask = padded(self._model, [request.prompt_ids for request in batch])
+        given = given_tokens(self._model, ids)
         stopping = StoppingCriteriaList([_Abandoned(lambda: self._closing or all(r.gone for r in batch))])
         if params.stop:
-            stopping.append(_StopText(self._tokenizer, params.stop, ids.shape[1]))
+            stopping.append(_StopText(self._tokenizer, params.stop, given))
         with torch.inference_mode():
             output = self._model.generate(
                 ids.to(self._model.device),
@@ -299,7 +300,7 @@ class Lane:
             )
         if self._closing:
             raise EngineFailed("the lane was closed while it generated")
-        new: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        new: list[list[int]] = output[:, given:].tolist()
         return [new[start : start + params.sequences] for start in range(0, len(new), params.sequences)]
 
     def _config(self, params: SamplingParams) -> GenerationConfig:

@@ -19,15 +19,20 @@ class PromptEncoder:
     One thread and an own copy of the tokenizer, because encoding changes settings inside it.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, prefix: PromptPrefix | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, prefix: PromptPrefix | None = None, *, whole: bool = False
+    ) -> None:
         """`prefix` comes before every prompt (see `text` and `chat`).
+
+        `whole`: prompts are whole texts, which an encoder reads, with all special tokens that the tokenizer gives them.
 
         `max_length`: prompts that must have more tokens are refused before any work is done on them.
         """
         self._prefix = prefix or PromptPrefix()
         self._tokenizer = copy.deepcopy(tokenizer)
         self._decoder = tokenizer
-        self._leading = leading_bos(tokenizer)
+        self._whole = whole
+        self._leading = [] if whole else leading_bos(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._max_characters = max_length * max(len(token) for token in tokenizer.get_vocab())
 
@@ -89,7 +94,8 @@ class PromptEncoder:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = self._tokenizer(text, add_special_tokens=self._whole, split_special_tokens=True)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

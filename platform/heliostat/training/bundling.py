@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from heliostat import __version__, journal
 from heliostat.data.tokens import TokenDataset
 from heliostat.experiment import ExperimentConfig
-from heliostat.models import bundle, files
+from heliostat.models import base, bundle, files
 from heliostat.models.base import Head
 from heliostat.training.setup import Source
 
@@ -54,16 +54,18 @@ def assemble(
         target,
         weights=weights,
         tokenizer=source.tokenizer,
-        generation_config=_generation_config(config, source.tokenizer, stops) if generates else None,
+        generation_config=_generation_config(config, source, stops) if generates else None,
         manifest=manifest,
     )
 
 
-def _generation_config(config: ExperimentConfig, tokenizer: Any, stops: list[int]) -> GenerationConfig:
+def _generation_config(config: ExperimentConfig, source: Source, stops: list[int]) -> GenerationConfig:
+    model = base.load_config(source.path, config.model.revision)
     return GenerationConfig(
         eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=source.tokenizer.pad_token_id,
+        bos_token_id=source.tokenizer.bos_token_id,
+        decoder_start_token_id=model.decoder_start_token_id if model.is_encoder_decoder else None,
         **config.generation.model_dump(exclude_none=True),
     )
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from heliostat.data.packing import IGNORED, PackedRow, collate
+from heliostat.data.packing import IGNORED, PackedRow, collate, collate_pairs
 from heliostat.tasks import Task
 
 
@@ -31,6 +31,8 @@ def build(task: Task, *, pad_token_id: int, class_weights: Sequence[float] | Non
     """The objective of a task. `class_weights` are those of `Classification`, `before` that of `NextToken`."""
     if task == "classification":
         return Classification(pad_token_id, class_weights)
+    if task == "seq2seq":
+        return Seq2Seq(pad_token_id)
     return NextToken(pad_token_id, before)
 
 
@@ -76,6 +78,27 @@ class Classification:
         weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
         total = torch.nn.functional.cross_entropy(
             logits, batch["labels"], weight=weights, ignore_index=IGNORED, reduction="sum"
+        )
+        return total / num_items
+
+
+@dataclass(frozen=True)
+class Seq2Seq:
+    """Next-token cross-entropy of a target, which the decoder writes while it looks at the encoded source."""
+
+    pad_token_id: int
+
+    def batch(self, rows: Sequence[PackedRow], *, flatten: bool = False) -> dict[str, Any]:
+        """As `collate_pairs`."""
+        return collate_pairs(rows, self.pad_token_id)
+
+    def loss(self, model: Any, batch: dict[str, Any], num_items: int) -> Tensor:
+        """The model is asked for logits alone: its own loss would be the mean of the batch."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        shifted = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits.float()
+        total = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
         return total / num_items
 

@@ -138,7 +138,9 @@ def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Sour
     tokenizer = base.load_tokenizer(continues or path, None if continues else config.model.revision)
     new_chat = config.model.scratch is not None and config.data.format == "chat"
     _set_chat_template(tokenizer, config.model.chat_template or ("chatml" if new_chat else None))
-    positions = getattr(base.load_config(path, config.model.revision), "max_position_embeddings", None)
+    model = base.load_config(path, config.model.revision)
+    _check_architecture(model, config)
+    positions = getattr(model, "max_position_embeddings", None)
     taken = (adapter or config.adapter).num_virtual_tokens if config.adapter.has_virtual_tokens else 0
     if positions is not None and config.data.max_length + taken > positions:
         room = f"{positions} positions" + (f" less the {taken} of adapter.num_virtual_tokens" if taken else "")
@@ -157,12 +159,27 @@ def _add_tokens(tokenizer: Any, model: ModelConfig) -> tuple[int, ...]:
     return tuple(range(before, len(tokenizer)))
 
 
+def _check_architecture(model: Any, config: ExperimentConfig) -> None:
+    """Only pairs teach an encoder-decoder, and nothing else learns from pairs."""
+    pairs = config.data.task == "seq2seq"
+    if pairs and not model.is_encoder_decoder:
+        raise ConfigError(
+            f"data.format=seq2seq trains an encoder-decoder (bart, t5, ...), but `{model.model_type}` is a decoder "
+            "alone; use prompt_completion"
+        )
+    if config.data.task == "causal_lm" and model.is_encoder_decoder:
+        raise ConfigError(
+            f"data.format={config.data.format} trains a decoder, but `{model.model_type}` has an encoder; use seq2seq"
+        )
+
+
 def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
     new, data = config.model.scratch, config.data
     assert new is not None
     if not folder.exists():
         chat = data.format == "chat"
-        tokenizer = scratch.train_tokenizer(_texts(rows, data), new.vocab_size, data.max_length, chat=chat)
+        pairs = data.task == "seq2seq"
+        tokenizer = scratch.train_tokenizer(_texts(rows, data), new.vocab_size, data.max_length, chat=chat, ends=pairs)
         scratch.write(folder, tokenizer, new.model_type, new.config, data.max_length)
     return str(folder)
 

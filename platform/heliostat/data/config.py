@@ -151,7 +151,7 @@ class DataConfig(StrictModel):
     @model_validator(mode="after")
     def _templates_fit_format(self) -> Self:
         if self.prompt_template and self.format not in ("prompt_completion", "classification", "cloze", "seq2seq"):
-            raise ValueError("prompt_template belongs to the formats prompt_completion, classification, cloze and seq2seq")
+            raise ValueError("prompt_template belongs to prompt_completion, classification, cloze and seq2seq")
         if self.completion_template and self.format not in ("prompt_completion", "seq2seq"):
             raise ValueError("completion_template belongs to `format: prompt_completion` or `seq2seq`")
         if self.format == "cloze" and self.columns:

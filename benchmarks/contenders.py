@@ -130,7 +130,8 @@ def _prepare(folder: Path, data: "DataConfig", new: "ScratchConfig") -> dict[str
     from heliostat.data import formats, packing, records, tokens
     from heliostat.models import scratch
 
-    rows = records.read(data.train or [])
+    assert isinstance(data.train, str)
+    rows = records.read(data.train)
     texts = [segment.text for row in rows for segment in formats.to_segments(row, data, None)]
     tokenizer = scratch.train_tokenizer(texts, new.vocab_size, data.max_length, chat=False)
     scratch.write(folder / "model", tokenizer, new.model_type, new.config, data.max_length)

@@ -39,7 +39,7 @@ def plain(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> float
     with torch.inference_mode():
         logits = model(torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
     places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-    return sum(logits[place, token].item() for place, token in zip(places, completion, strict=True))
+    return sum(float(logits[place, token]) for place, token in zip(places, completion, strict=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

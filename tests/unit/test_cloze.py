@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _other_text(row: Any) -> None:
     row["qas"][1]["answers"][0]["text"] = "Roma"
 
 
-WRONG = {
+WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no-passage": (lambda row: row.pop("passage"), r"p\.jsonl:7: `passage` must be a dict, found nothing"),
     "text-passage": (lambda row: row.update(passage="x"), r"`passage` must be a dict, found a str"),
     "no-gap": (lambda row: row["qas"][1].update(query="Rome."), r"question 2: its query has no @placeholder"),

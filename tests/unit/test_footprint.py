@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from heliostat.experiment import ExperimentConfig
@@ -72,7 +73,7 @@ def measured(folder: Path) -> dict[Case, float]:
     specs = []
     for number, case in enumerate(cases):
         run = runs.open_run(folder / "runs", f"run-{number}", "hash", "never")
-        specs.append(trainer._prepare(config(folder, *case), run).plan.spec)
+        specs.append(trainer._prepare(config(folder, *case), run, Console(stderr=True)).plan.spec)
         # Told to stop, the worker does so after it has logged, and saves nothing.
         (run.folder / STOP).touch()
     # Memory that is freed goes back at once.

@@ -51,7 +51,8 @@ def mean_loss(loaded: InferenceModel, row: Row) -> tuple[float, int]:
 def answer_alone(loaded: InferenceModel, text: str, **settings: Any) -> list[int]:
     """What transformers generates for one source, without start and end token."""
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
-    output = loaded.model.generate(ids, max_new_tokens=12, do_sample=False, **settings)[0, 1:].tolist()
+    generated = loaded.model.generate(ids, max_new_tokens=12, do_sample=False, **settings)
+    output: list[int] = generated[0, 1:].tolist()
     end = loaded.tokenizer.eos_token_id
     return output[: output.index(end)] if end in output else output
 

@@ -188,11 +188,19 @@ def answers(
     Raises:
         ConfigError, DataError: there is nothing to choose from.
     """
-    common = {"rows": list(rows), "data": data, "batch_size": config.batch_size, "prefix": prefix}
     if config.scoring == "generate":
-        return functools.partial(prediction_work, config=settings, **common)
-    offered = choices.candidates(rows, data, config.labels)
-    return functools.partial(ChoiceWork, choices=offered, length_normalization=config.length_normalization, **common)
+        return functools.partial(
+            prediction_work, rows=list(rows), data=data, config=settings, batch_size=config.batch_size, prefix=prefix
+        )
+    return functools.partial(
+        ChoiceWork,
+        rows=list(rows),
+        data=data,
+        choices=choices.candidates(rows, data, config.labels),
+        batch_size=config.batch_size,
+        length_normalization=config.length_normalization,
+        prefix=prefix,
+    )
 
 
 def summarise(

@@ -126,16 +126,23 @@ def generate_batch(
 
 
 def padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of the prompts, both (n, longest): on the left for decoders, which go on from the
-    last token, on the right for encoders.
+    """Token ids and attention mask of the prompts, both (n, longest), padded where the model's kind wants it."""
+    if not model.config.is_encoder_decoder:
+        return left_padded(prompts)
+    # An encoder reads from the first position on; mirrored twice, the padding comes last.
+    ids, mask = left_padded([prompt[::-1] for prompt in prompts])
+    return ids.flip(1), mask.flip(1)
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of the prompts, both (n, longest).
 
     The mask hides the padding from the model, but not from a repetition penalty: a token of the prompt is neutral.
     """
     longest = max(map(len, prompts))
-    rows = [([prompt[0]] * (longest - len(prompt)), list(prompt)) for prompt in prompts]
-    mask = [([0] * (longest - len(prompt)), [1] * len(prompt)) for prompt in prompts]
-    left = not model.config.is_encoder_decoder
-    return tuple(torch.tensor([pad + own if left else own + pad for pad, own in pairs]) for pairs in (rows, mask))
+    rows = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows), torch.tensor(mask)
 
 
 def given_tokens(model: Any, ids: torch.Tensor) -> int:

@@ -85,7 +85,8 @@ def _plain(step: Step, zero: dict[str, Any], worker: Worker, *, accumulates: boo
 
 def _reduced(step: Step, zero: dict[str, Any], worker: Worker, *, accumulates: bool) -> int:
     """The same with ZeRO-1 and 2, which collect gradients in buckets and reduce them to each worker's share."""
-    size, share = zero["reduce_bucket_size"], 4 * -(-step.trained // worker.workers)
+    size: int = zero["reduce_bucket_size"]
+    share = 4 * -(-step.trained // worker.workers)
     overflows = step.trained > size
     buckets = worker.itemsize * size * (2 if zero.get("overlap_comm") and (worker.on_gpu or overflows) else 1)
     copy = worker.itemsize * min(size, step.trained)

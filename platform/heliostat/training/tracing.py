@@ -100,7 +100,7 @@ def _count(model: Any, batch: Batch) -> Step:
         parameter.register_post_accumulate_grad_hook(live.count_gradient)
     with live:
         logits = model(**_inputs(batch), use_cache=False).logits
-        loss = _Loss.apply(logits)
+        loss = _Loss.apply(logits)  # type: ignore[no-untyped-call]  # torch's, and so below
         del logits
         loss.backward()
     number = sum(parameter.numel() for parameter in trained)
@@ -126,21 +126,21 @@ class _Loss(torch.autograd.Function):
     """A loss as large as DeepSpeed's chunked cross entropy: it keeps the logits, and makes a gradient of their size."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
         return logits.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> Tensor:
         (logits,) = ctx.saved_tensors
         return torch.empty_like(logits)
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that are alive, apart from the given tensors'."""
 
     def __init__(self, without: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.peak_with_gradients = 0
         self.flops = 0

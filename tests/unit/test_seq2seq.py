@@ -1,5 +1,6 @@
 """Encoder-decoders on the way from pairs of texts to answers: each step gives what transformers alone gives."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from heliostat.evaluation.config import GenerationSettings
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
+from heliostat.serving import parity
+from heliostat.serving.config import EndpointArgs
+from heliostat.serving.lane_model import LaneModel
+from heliostat.serving.sampling import InvalidRequest, SamplingParams
 from heliostat.training import objectives, setup
 from tests import tiny
 
@@ -126,6 +131,37 @@ def test_pairs_are_padded_each_by_itself(loaded: InferenceModel) -> None:
         target = batch["labels"][place][batch["labels"][place] != IGNORED]
         for ids, text in ((source, ROWS[number].fields["source"]), (target, TARGETS[number])):
             assert ids.tolist() == loaded.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_beams": 3}], ids=str)
+def test_what_is_served_is_what_transformers_generates(loaded: InferenceModel, extra: dict[str, Any]) -> None:
+    texts = [row.fields["source"] for row in ROWS]
+
+    async def ask(served: LaneModel, text: str) -> tuple[str, list[int]]:
+        ids = await served.prompts.text(text)
+        found = [delta async for _, delta in served.generate(ids, SamplingParams(12, extra=extra))]
+        return "".join(delta.text for delta in found), [token for delta in found for token in delta.token_ids]
+
+    async def test() -> list[tuple[str, list[int]]]:
+        served, check = await parity.start(loaded, "pairs", EndpointArgs(cache_tokens=512))
+        assert isinstance(served, LaneModel)
+        try:
+            await check()
+            with pytest.raises(InvalidRequest, match="has an encoder"):
+                await served.score([5, 6], 0)
+            with pytest.raises(InvalidRequest, match="`logprobs` cannot be had of this model"):
+                served.check([5, 6], SamplingParams(12, logprobs=0))
+            return await asyncio.gather(*(ask(served, text) for text in texts))
+        finally:
+            served.close()
+
+    answers = asyncio.run(test())
+    expected = [answer_alone(loaded, text, **extra) for text in texts]
+    end = loaded.tokenizer.eos_token_id
+    assert [[token for token in tokens if token != end] for _, tokens in answers] == expected
+    whole = loaded.tokenizer.batch_decode(expected, skip_special_tokens=True)
+    # Half a character at the very end is not given out.
+    assert [text.rstrip("\ufffd") for text, _ in answers] == [text.rstrip("\ufffd") for text in whole]
 
 
 @pytest.mark.parametrize(

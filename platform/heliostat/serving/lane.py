@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ class Lane:
             "bos_token_id": given.bos_token_id,
             "eos_token_id": sorted(self._eos) or None,
             "pad_token_id": next((i for i in (tokenizer.pad_token_id, given.pad_token_id) if i is not None), 0),
+            "decoder_start_token_id": given.decoder_start_token_id,
         }
+        self._apart = model.config.is_encoder_decoder
         self._model = _view(model)
         # `generate()` fills what is left open from the model's own generation config, so that must hold nothing else.
         self._model.generation_config = GenerationConfig(**self._ids)
@@ -142,7 +145,7 @@ class Lane:
             Overloaded: too many requests wait.
             EngineFailed: the lane is down, or it failed on this request.
         """
-        completion = Completion(self._tokenizer, prompt_ids, params, self._ends(params), emitted)
+        completion = Completion(self._tokenizer, prompt_ids, params, self._ends(params), emitted, apart=self._apart)
         if completion.finish_reason is not None:
             yield completion.extend(())
             return
@@ -159,7 +162,8 @@ class Lane:
         """The `params.sequences` best beams, best first, each as one delta; raises as `generate` does."""
         found = await self._answer(_Request(list(prompt_ids), params))
         ends = self._ends(params)
-        return [Completion(self._tokenizer, prompt_ids, params, ends).finish(tokens) for tokens in found]
+        made = partial(Completion, self._tokenizer, prompt_ids, params, ends, apart=self._apart)
+        return [made().finish(tokens) for tokens in found]
 
     async def score(self, prompt_ids: Sequence[int], top: int) -> list[Record | None]:
         """See `scoring.score`; raises as `generate` does."""

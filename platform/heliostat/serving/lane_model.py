@@ -1,7 +1,7 @@
 """One model that only `generate()` can run, behind the interface of served.ServedModel. Knows neither HTTP nor Ray.
 
-Continuous batching has no place for virtual tokens (prefix and prompt tuning), so all requests go through the lane:
-batched, and each answered in one piece.
+Continuous batching has no place for virtual tokens (prefix and prompt tuning) or for an encoder, so all requests go
+through the lane: batched, and each answered in one piece.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -36,6 +36,7 @@ class LaneModel:
     bounds: Bounds
     check_prompts: list[list[int]]
     """Token ids."""
+    is_encoder_decoder: bool
 
     @classmethod
     async def start(cls, loaded: InferenceModel, model_id: str, args: EndpointArgs) -> Self:
@@ -52,11 +53,14 @@ class LaneModel:
         return cls(
             id=model_id,
             lane=started,
-            prompts=PromptEncoder(loaded.tokenizer, length, PromptPrefix.of(loaded.manifest)),
+            prompts=PromptEncoder(
+                loaded.tokenizer, length, PromptPrefix.of(loaded.manifest), whole=model.config.is_encoder_decoder
+            ),
             defaults=defaults,
             texts=TokenTexts(loaded.tokenizer),
             bounds=Bounds(model.get_input_embeddings().weight.shape[0], length),
             check_prompts=check_prompts(loaded),
+            is_encoder_decoder=model.config.is_encoder_decoder,
         )
 
     @property
@@ -110,7 +114,9 @@ class LaneModel:
         ):
             if asked:
                 raise InvalidRequest(
-                    f"`{name}` cannot be had of this model, which has virtual tokens", name, "unsupported_parameter"
+                    f"`{name}` cannot be had of this model, which continuous batching cannot run",
+                    name,
+                    "unsupported_parameter",
                 )
 
     async def generate(
@@ -126,8 +132,14 @@ class LaneModel:
             yield 0, delta
 
     async def score(self, prompt_ids: Sequence[int], top: int) -> list[TokenLogprob | None]:
-        """See `ServedModel.score`."""
+        """See `ServedModel.score`.
+
+        Raises:
+            InvalidRequest: it has an encoder, which predicts nothing.
+        """
         self.check_prompt(prompt_ids)
+        if self.is_encoder_decoder:
+            raise InvalidRequest("this model has an encoder, which gives prompts no log-probabilities", "logprobs")
         records = await self.lane.score(prompt_ids, top)
         return [record and self.texts.logprob(record) for record in records]
 

@@ -73,7 +73,7 @@ async def start(loaded: InferenceModel, model_id: str, args: EndpointArgs) -> tu
     Raises:
         ModelError, ResourceError: it cannot be run.
     """
-    if isinstance(loaded.model, VirtualTokensModel):
+    if loaded.task == "seq2seq" or isinstance(loaded.model, VirtualTokensModel):
         alone = await LaneModel.start(loaded, model_id, args)
         return alone, alone.try_out
     served = await ServedModel.start(loaded, model_id, args)

@@ -107,9 +107,14 @@ class Completion:
         params: SamplingParams,
         ends: frozenset[int],
         emitted: Sequence[int] = (),
+        *,
+        apart: bool = False,
     ) -> None:
-        """`ends`: tokens that end a completion. `emitted`: tokens whose deltas have been given out already."""
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
+        """`ends`: tokens that end a completion. `emitted`: tokens whose deltas have been given out already.
+
+        `apart`: the completion is a text of its own, and does not go on from the prompt's.
+        """
+        self._detokenizer = Detokenizer(tokenizer, () if apart else prompt_ids)
         self._stops = StopStrings(params.stop)
         self._max_tokens = params.max_tokens
         self._ends = ends

@@ -129,7 +129,7 @@ def test_a_job_is_stopped_gone_on_with_and_its_model_promoted(here: Path, monkey
         ("promote", "SUCCEEDED"), ("train", "SUCCEEDED"), ("train", "STOPPED"),
     ]  # fmt: skip
 
-    code, result, shown = submit("train", "config.yaml", "data.prompt_template={nix}")
+    code, result, shown = submit("train", "config.yaml", "data.columns={prompt: nix}")
     assert (code, result["exit_code"], result["status"]) == (2, 2, "FAILED"), shown
     assert "nix" in result["error"]
 

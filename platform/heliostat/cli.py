@@ -21,7 +21,7 @@ from heliostat.command import Command, Result, parser_of
 from heliostat.command import console as _console
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.jobs import commands as job_commands
-from heliostat.registry import server_command
+from heliostat.registry import merge_command, server_command
 from heliostat.training import plan_command
 
 if TYPE_CHECKING:
@@ -402,21 +402,6 @@ def _show_generate(result: Result) -> str:
     return "\n".join(result["outputs"])
 
 
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="bundle of an adapter: a folder or models:/NAME/VERSION")
-    parser.add_argument("folder", metavar="FOLDER", help="where the merged bundle goes; must not be there yet")
-
-
-def _merge(options: argparse.Namespace) -> Result:
-    from pathlib import Path
-
-    from heliostat.models import adapters, base
-    from heliostat.registry import versions
-
-    source = Path(base.resolve(versions.resolve(options.model).path))
-    return {"model": options.model, "bundle": str(adapters.merge_bundle(source, Path(options.folder).absolute()))}
-
-
 def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", metavar="key.sub=value", nargs="*", help="settings that win over the quickstart's own"
@@ -488,12 +473,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         "complete prompts from the command line or stdin", _generate_arguments, _generate, _show_generate
     ),
-    "merge": Command(
-        "write the whole model that a bundle of an adapter stands for",
-        _merge_arguments,
-        _merge,
-        lambda result: str(result["bundle"]),
-    ),
+    "merge": merge_command.COMMAND,
     "doctor": Command("tell what is and is not right on this machine", _nothing, _doctor, _show_doctor),
     "schema": Command(
         "print the JSON schema of the YAML file", _nothing, _schema, lambda schema: json.dumps(schema, indent=2)

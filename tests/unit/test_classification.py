@@ -90,7 +90,7 @@ def test_a_template_builds_the_text() -> None:
     ("keys", "words"),
     [
         ({"format": "classification", "packing": True}, "`packing` does not go with"),
-        ({"format": "classification", "train_on_inputs": True}, "learns labels alone"),
+        ({"format": "classification", "train_on_inputs": True}, "whose inputs are only read"),
         ({"format": "classification", "labels": ["a", "a"]}, "a label twice"),
         ({"format": "classification", "completion_template": "{x}"}, "completion_template belongs"),
         ({"format": "text", "labels": ["a", "b"]}, "`labels` belongs to"),

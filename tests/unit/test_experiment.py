@@ -135,8 +135,7 @@ def test_each_synonym_beside_its_key_is_refused(synonym: str, tmp_path: Path) ->
         (["model.model_name_or_path=null"], "`model`: give exactly one of `model_name_or_path` (an existing model) "
          "and `scratch` (a new one)"),
         (["model.scratch={}"], "`model`: give exactly one of"),
-        (["data.prompt_template=about {x}"], "`data`: prompt_template and completion_template belong to `format: "
-         "prompt_completion`"),
+        (["data.prompt_template=about {x}"], "`data`: prompt_template belongs to prompt_completion, classification, "),
         (["name=a/b"], "override name: `name`: String should match pattern"),
         (["seed=-1"], "override seed: `seed`: Input should be greater than or equal to 0 (given: -1)"),
         (["resume=yes"], "override resume: `resume`: Input should be 'auto', 'never' or 'must' (given: true)"),

@@ -76,7 +76,10 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         if result is not None:
             emit(result)
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Ctrl-C is a SystemExit without a code while Ray Train runs, which handles it itself.
+        if isinstance(stop, SystemExit) and stop.code:
+            raise
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:

@@ -153,9 +153,10 @@ def test_a_job_that_failed_tells_its_facts_and_the_exit_code_of_its_command(comm
     assert last_json(capsys.readouterr().out) == {"error": "the job x failed", "exit_code": 3, "job_id": "x"}
 
 
-def test_an_interrupt_is_code_130_without_a_traceback(command: Any, capsys: Capture) -> None:
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(0)], ids=["ours", "Ray Train's"])
+def test_an_interrupt_is_code_130_without_a_traceback(command: Any, capsys: Capture, interrupt: BaseException) -> None:
     def run(options: Any) -> None:
-        raise KeyboardInterrupt
+        raise interrupt
 
     command(run)
     assert cli.main(["try"]) == 130

@@ -24,7 +24,7 @@ name: sums
 model:
   scratch: {model_type: gpt2, vocab_size: 300, config: {n_layer: 1, n_embd: 16, n_head: 2}}
 data: {train: ../data/*.jsonl, format: prompt_completion, max_length: 64}
-training: {num_workers: 1, deepspeed: zero0, max_steps: 100, save_steps: 2, logging_steps: 1}
+training: {num_workers: 1, deepspeed: zero0, max_steps: 400, save_steps: 2, logging_steps: 1}
 """
 
 
@@ -113,7 +113,7 @@ def test_a_job_is_stopped_gone_on_with_and_its_model_promoted(here: Path, monkey
     code, result, shown = submit("train", "config.yaml", "--entrypoint-num-cpus", "0.1")
     assert code == 0, shown
     assert "going on with" in shown
-    assert "step 100/100" in shown
+    assert "step 400/400" in shown
     assert (result["run_id"], result["version"], result["status"]) == (run.info.run_id, "1", "SUCCEEDED")
     assert str(here) not in result["bundle"], "it was trained in the cluster's folder"
     assert versions.version_of_alias("sums", "challenger").version == "1"

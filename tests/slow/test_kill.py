@@ -31,7 +31,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("kill")
     schedules.write(folder)
     return [
-        "train", CONFIG, f"data.train={folder}/train.jsonl", f"data.validation={folder}/validation.jsonl",
+        "train", CONFIG, *(f"data.{split}={folder}/{split}.jsonl" for split in ("train", "validation", "test")),
         "model.scratch.config={n_layer: 2, n_embd: 64, n_head: 2}", "training.max_steps=240", "training.save_steps=20",
         "training.eval_steps=120", "training.logging_steps=1", "training.max_failures=-1",
         "registry.register_model=false",

@@ -21,6 +21,10 @@ from tests.slow import command
 
 # Shorter than on a real cluster, where nothing waits for them.
 INTERVALS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("HELIOSTAT_ELASTIC"),
+    reason="wants the machine for itself, for three minutes: HELIOSTAT_ELASTIC=1",
+)
 DRAIN_S = "30"
 
 

@@ -21,6 +21,11 @@ KEYS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
 }
+NO_DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {},
+}
+"""Keys for `write_model`: losses then do not depend on chance."""
 ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "bart": {
         "d_model": 32,
@@ -52,13 +57,7 @@ def write_classifier(folder: Path, model_type: str, labels: tuple[str, ...] = LA
     config = AutoConfig.for_model(model_type, vocab_size=len(made), **KEYS[model_type])
     config.update({**head, "eos_token_id": made.eos_token_id})
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    model.save_pretrained(folder)
-    made.save_pretrained(folder)
-    return folder
+    return _save(AutoModelForSequenceClassification.from_config(config), made, folder)
 
 
 def write_model(folder: Path, model_type: str, **keys: Any) -> Path:
@@ -71,7 +70,10 @@ def write_model(folder: Path, model_type: str, **keys: Any) -> Path:
     shape = (ENCODER_DECODERS if pairs else KEYS)[model_type]
     config = AutoConfig.for_model(model_type, vocab_size=len(made), **ids, **shape, **keys)
     torch.manual_seed(0)
-    model = (AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM).from_config(config)
+    return _save((AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM).from_config(config), made, folder)
+
+
+def _save(model: Any, made: Any, folder: Path) -> Path:
     # The usual initialisation is so small that all logits are alike; spread, greedy decoding has clear winners.
     with torch.no_grad():
         for parameter in model.parameters():

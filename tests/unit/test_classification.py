@@ -159,10 +159,7 @@ def test_class_weights() -> None:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model without dropout, and tokens to train and validate with."""
     root = tmp_path_factory.mktemp(request.param)
-    tiny.write_model(root / "model", request.param)
-    config = json.loads((root / "model" / "config.json").read_text())
-    config |= {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if name in config}
-    (root / "model" / "config.json").write_text(json.dumps(config))
+    tiny.write_model(root / "model", request.param, **tiny.NO_DROPOUT[request.param])
     for name, rows in (("train", ROWS[:60]), ("validation", ROWS[60:71])):
         encode(rows, tiny.tokenizer(), DATA).save(root / name, name)
     return root

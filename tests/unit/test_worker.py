@@ -27,10 +27,7 @@ STEPS = 4
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without dropout, and tokens of chats to train on and to validate with."""
     root = tmp_path_factory.mktemp(request.param)
-    tiny.write_model(root / "model", request.param)
-    config = json.loads((root / "model" / "config.json").read_text())
-    config |= {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if name in config}
-    (root / "model" / "config.json").write_text(json.dumps(config))
+    tiny.write_model(root / "model", request.param, **tiny.NO_DROPOUT[request.param])
     for name, first in (("train", 0), ("validation", 40)):
         texts = tiny.TEXTS[first : first + 40]
         rows = [

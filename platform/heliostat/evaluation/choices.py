@@ -19,7 +19,7 @@ from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder
 from heliostat.errors import ConfigError, DataError
-from heliostat.evaluation.generate import left_padded
+from heliostat.evaluation.generate import by_length, left_padded
 from heliostat.evaluation.metrics import MAX_LABELS, Example, normalise
 from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.evaluation.questions import question_of
@@ -86,8 +86,7 @@ class ChoiceWork:
         self._choices = choices
         self._completions = [encoder.completions(texts) for texts in choices]
         self._check_lengths(rows)
-        order = sorted(range(len(rows)), key=lambda index: len(self._prompts[index]))
-        self._batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self._batches = by_length([len(prompt) for prompt in self._prompts], batch_size)
 
     def __len__(self) -> int:
         return len(self._batches)

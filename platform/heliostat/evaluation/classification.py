@@ -11,6 +11,7 @@ from heliostat.data import formats
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder
+from heliostat.evaluation.generate import by_length
 from heliostat.evaluation.metrics import Example
 from heliostat.models.base import InferenceModel
 
@@ -44,8 +45,7 @@ class ClassificationWork:
         self._texts = [formats.prompt_of(row, known, None) for row in rows]
         ids = DocumentEncoder(loaded.tokenizer, known).prompts([text for text, _ in self._texts])
         self._ids = [text[: data.max_length - 1] for text in ids]
-        order = sorted(range(len(ids)), key=lambda index: len(self._ids[index]))
-        self._batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self._batches = by_length([len(text) for text in self._ids], batch_size)
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -95,6 +95,12 @@ def batches(model: Any, prompts: Sequence[list[int]], config: GenerationConfig, 
     return [Batch(number, indices, limit) for number, (indices, limit) in enumerate(found)]
 
 
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of at most `size`, those of similar lengths together."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def generate_batch(
     model: Any,
     prompts: Sequence[list[int]],

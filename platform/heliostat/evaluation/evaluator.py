@@ -31,6 +31,7 @@ from heliostat.evaluation.prefix import PromptPrefix
 from heliostat.evaluation.questions import question_of
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
+from heliostat.models.pairs import target_logits
 from heliostat.models.virtual import VirtualTokensModel
 
 Advance = Callable[[int], None]
@@ -268,10 +269,9 @@ class LikelihoodWork:
         pairs = self._loaded.task == "seq2seq"
         given = collate_pairs([row], pad) if pairs else collate([row], pad, flatten=False)
         batch = {name: torch.as_tensor(value, device=model.device) for name, value in given.items()}
-        labels = batch.pop("labels")
         if pairs:
-            batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-            return model(**batch, use_cache=False).logits[0].float(), labels[0]
+            return target_logits(model, batch)[0], batch["labels"][0]
+        labels = batch.pop("labels")
         return model(**batch, use_cache=False).logits[0, :-1].float(), labels[0, 1:]
 
 

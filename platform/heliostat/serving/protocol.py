@@ -150,9 +150,7 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            raise PydanticCustomError("not_an_object", "the body must be a JSON object")
-        _check_text(values)
+        _check_body(values)
         for name in sorted(_UNSUPPORTED.keys() & values.keys()):
             if not _asks_for_nothing(values[name], _UNSUPPORTED[name]):
                 raise PydanticCustomError("unsupported_parameter", "`{param}` is not supported here", {"param": name})
@@ -365,9 +363,7 @@ class ClassificationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_bookkeeping(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            raise PydanticCustomError("not_an_object", "the body must be a JSON object")
-        _check_text(values)
+        _check_body(values)
         return {name: value for name, value in values.items() if name not in _IGNORED}
 
     @field_validator("input", mode="before")
@@ -379,8 +375,10 @@ class ClassificationRequest(BaseModel):
 AnyRequest = CompletionRequest | ChatCompletionRequest | ClassificationRequest
 
 
-def _check_text(values: dict[str, Any]) -> None:
-    """Refuse what JSON can hold but no text: tokenizers and UTF-8 answers would fail on it."""
+def _check_body(values: Any) -> None:
+    """Refuse what is no object, and what JSON can hold but no text: tokenizers and UTF-8 answers would fail on it."""
+    if not isinstance(values, dict):
+        raise PydanticCustomError("not_an_object", "the body must be a JSON object")
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heliostat.data.packing import IGNORED, PackedRow, collate, collate_pairs
+from heliostat.models.pairs import target_logits
 from heliostat.tasks import Task
 
 
@@ -93,12 +94,10 @@ class Seq2Seq:
         return collate_pairs(rows, self.pad_token_id)
 
     def loss(self, model: Any, batch: dict[str, Any], num_items: int) -> Tensor:
-        """The model is asked for logits alone: its own loss would be the mean of the batch."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        shifted = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits.float()
+        """Summed over the target tokens of the batch, and divided by `num_items`."""
+        logits, labels = target_logits(model, batch), batch["labels"]
         total = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         return total / num_items
 

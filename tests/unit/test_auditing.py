@@ -16,7 +16,6 @@ from rich.console import Console
 
 from heliostat import cli, state
 from heliostat.data import splits
-from heliostat.data.config import DataConfig
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import store
 from heliostat.training import auditing, runs, trainer
@@ -196,15 +195,3 @@ def test_a_resumed_run_is_not_lectured_again(experiment: Any, capsys: Capture) -
     assert "rows" not in capsys.readouterr().err
     assert (run.folder / "audit.json").exists()
     assert dataclasses.asdict(job)["manifest"]["splits"].keys() == {"train", "validation"}, "lineage knows no test rows"
-
-
-def test_a_training_does_without_test_files_that_are_not_here(tmp_path: Path) -> None:
-    (tmp_path / "here.jsonl").write_text("{}\n")
-
-    def looked_at(test: str | list[str] | None) -> tuple[str, ...]:
-        return auditing.splits_here(DataConfig(train="train.jsonl", test=test))
-
-    everything = ("train", "validation", "test")
-    assert looked_at(None) == looked_at(f"{tmp_path}/here.jsonl") == looked_at("hf:squad:test") == everything
-    for missing in (f"{tmp_path}/gone.jsonl", f"{tmp_path}/gone/*.jsonl", [f"{tmp_path}/here.jsonl", "gone.jsonl"]):
-        assert looked_at(missing) == ("train", "validation")

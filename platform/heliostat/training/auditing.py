@@ -12,12 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from heliostat import state
-from heliostat.data import audit, audit_view, prepare, records, splits
+from heliostat.data import audit, audit_view, prepare, splits
 from heliostat.data.config import DataConfig
 from heliostat.data.prepare import Prepared
 from heliostat.data.records import Row
 from heliostat.data.tokens import TokenDataset
-from heliostat.errors import DataError
 from heliostat.experiment import ExperimentConfig
 from heliostat.training import runs, setup
 
@@ -70,17 +69,6 @@ def _audit(config: ExperimentConfig) -> Audited:
     with tempfile.TemporaryDirectory() as folder:
         source = setup.load_source(config, list(rows["train"]), Path(folder) / "init")
         return look(rows, source.data(config.data), source.tokenizer, config.seed)
-
-
-def splits_here(data: DataConfig) -> tuple[str, ...]:
-    """The splits that a training looks at: it does without test files that are not on this machine."""
-    named = [data.test] if isinstance(data.test, str) else data.test or []
-    try:
-        for source in named:
-            records.local_files(source)
-    except DataError:
-        return ("train", "validation")
-    return ("train", "validation", "test")
 
 
 def look(rows: Rows, data: DataConfig, tokenizer: Any, seed: int) -> Audited:

@@ -95,7 +95,7 @@ class _Job:
 
 
 def _prepare(config: ExperimentConfig, run: Run, console: Console, evaluations: int = 1) -> _Job:
-    rows = splits.load_splits(config.data, config.seed, auditing.splits_here(config.data))
+    rows = splits.load_splits(config.data, config.seed)
     setup.check_best(config, rows)
     source = setup.load_source(config, rows["train"], run.folder / "init")
     audited = auditing.look(rows, source.data(config.data), source.tokenizer, config.seed)

@@ -22,9 +22,10 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The README's search with few rows."""
     folder = tmp_path_factory.mktemp("tuning")
     schedules.write(folder)
+    data = [f"data.{split}={folder}/{split}.jsonl" for split in ("train", "validation", "test")]
     return [
-        *readme.commands("Search")[0], f"data.train={folder}/train.jsonl", f"data.validation={folder}/validation.jsonl",
-        "data.max_train_samples=4000", f"tune_training.num_samples={TRIALS}", "tune_training.max_concurrent_trials=2",
+        *readme.commands("Search")[0], *data, "data.max_train_samples=4000", f"tune_training.num_samples={TRIALS}",
+        "tune_training.max_concurrent_trials=2",
     ]  # fmt: skip
 
 

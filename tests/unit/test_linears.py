@@ -18,12 +18,13 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 64, 65, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_layer_gives_what_the_layer_gives(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_a_packed_layer_gives_what_the_layer_gives(rows: int, dtype: torch.dtype, precision: float) -> None:
     layer = nn.Linear(48, 80, dtype=dtype)
     inputs = torch.randn(1, rows, 48, dtype=dtype)
+    # Sums are of terms near 1, so what rounding leaves of one near 0 is as large: which bits, depends on the CPU.
     with torch.no_grad():
-        torch.testing.assert_close(linears.PackedLinear(layer)(inputs), layer(inputs))
+        torch.testing.assert_close(linears.PackedLinear(layer)(inputs), layer(inputs), rtol=precision, atol=precision)
 
 
 def test_logits_stay_the_same(model: Any) -> None:

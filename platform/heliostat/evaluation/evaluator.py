@@ -32,7 +32,7 @@ from heliostat.evaluation.questions import question_of
 from heliostat.models import base
 from heliostat.models.base import InferenceModel
 from heliostat.models.pairs import target_logits
-from heliostat.models.virtual import VirtualTokensModel
+from heliostat.models.virtual import VirtualTokens
 
 Advance = Callable[[int], None]
 Decoding: TypeAlias = GenerationConfig | GenerationSettings | None
@@ -248,7 +248,7 @@ class LikelihoodWork:
         encoded = encode(rows, loaded.tokenizer, data)
         tokens = TokenDataset(encoded.input_ids, encoded.loss_mask, encoded.offsets, {})
         # Virtual tokens stand before a row: each document needs one of its own.
-        packing = data.task == "causal_lm" and not isinstance(loaded.model, VirtualTokensModel)
+        packing = data.task == "causal_lm" and not isinstance(loaded.model, VirtualTokens)
         self._packed = PackedDataset(tokens, data.max_length, packing=packing)
         self._loaded = loaded
 

@@ -85,7 +85,7 @@ class InferenceModel:
     """A model ready for use: eval mode, decoding defaults in `model.generation_config`.
 
     Adapters are merged into the weights; one of virtual tokens cannot be, and `model` is then a
-    `virtual.VirtualTokensModel`.
+    `prefixed.VirtualTokensModel`.
     """
 
     model: Any
@@ -340,14 +340,14 @@ def load_adapter(folder: Path, *, dtype: Any, head: Head = NEXT_TOKEN) -> Any:
     """
     from peft import PeftModel
 
-    from heliostat.models import virtual
+    from heliostat.models import prefixed
 
     model = load_model(base_of(folder), dtype=dtype, attention="sdpa", head=head)
     with errors_named(str(folder)):
         # The adapter brings the values; those of new tokens are the last ids.
         grow(model, 1 + max(added_tokens(folder), default=-1))
         if has_virtual_tokens(folder):
-            return virtual.load(model, folder)
+            return prefixed.load(model, folder)
         apart = _untie(model)
         loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
         merged = loaded.merge_and_unload(safe_merge=True)

@@ -19,7 +19,7 @@ from heliostat.evaluation.completion import encode_prompt
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, bundle
 from heliostat.models.base import InferenceModel
-from heliostat.models.virtual import VirtualTokensModel
+from heliostat.models.virtual import VirtualTokens
 from heliostat.serving.classifier import ServedClassifier
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.engine import Engine
@@ -73,7 +73,7 @@ async def start(loaded: InferenceModel, model_id: str, args: EndpointArgs) -> tu
     Raises:
         ModelError, ResourceError: it cannot be run.
     """
-    if loaded.task == "seq2seq" or isinstance(loaded.model, VirtualTokensModel):
+    if loaded.task == "seq2seq" or isinstance(loaded.model, VirtualTokens):
         alone = await LaneModel.start(loaded, model_id, args)
         return alone, alone.try_out
     served = await ServedModel.start(loaded, model_id, args)

@@ -14,8 +14,7 @@ from typing import Any
 from heliostat import journal
 from heliostat.data import formats, splits
 from heliostat.data.records import Row
-from heliostat.evaluation import evaluator, metrics
-from heliostat.evaluation.evaluator import Local
+from heliostat.evaluation import metrics
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base
 from heliostat.training import bundling
@@ -126,6 +125,8 @@ def _predict(config: ExperimentConfig, bundle: Path, rows: list[Row]) -> list[me
 
 
 def _predict_here(config: ExperimentConfig, bundle: Path, rows: list[Row]) -> list[metrics.Example]:
+    from heliostat.evaluation import evaluator  # takes seconds to import
+
     loaded = base.load_for_inference(str(bundle), device="cuda" if config.evaluation.use_gpu else "cpu")
     job = evaluator.answers(rows, config.data, config.generation, config.evaluation)
-    return Local(loaded).answer(job, len(rows), lambda done: None)
+    return evaluator.Local(loaded).answer(job, len(rows), lambda done: None)

@@ -14,6 +14,7 @@ from tests.slow import command
 
 EXAMPLES = REPOSITORY / "jobs" / "examples"
 PORT = 18432
+PROMPT = "### Instruction:\nName three primary colours.\n\n### Response:"
 pytestmark = pytest.mark.shared_data
 
 
@@ -47,22 +48,31 @@ def test_readme_trains_scores_promotes_and_serves(smollm2: str, shared_data: Pat
     assert answers == [row["prediction"] for row in asked]
 
 
-@pytest.mark.parametrize("example", ["lora", "full_zero3"])
-def test_alpaca_is_served_as_it_was_trained(smollm2: str, shared_data: Path, example: str) -> None:
-    arguments = [f"data.train={shared_data}/alpaca/alpaca_train.json", "data.max_train_samples=48"]
-    trained = command.run("train", str(EXAMPLES / "alpaca" / f"{example}.yaml"), *arguments)
+def test_alpaca_learned_by_lora_is_served_as_it_was_trained(smollm2: str, shared_data: Path) -> None:
+    trained = train_alpaca("lora", shared_data)
+    expected = generate_without_heliostat(Path(trained["bundle"]), PROMPT)
+    assert served(trained["model_uri"], [PROMPT], max_tokens=24) == [expected]
+
+
+def test_alpaca_learned_in_zero3s_pieces_is_a_whole_model(smollm2: str, shared_data: Path) -> None:
+    trained = train_alpaca("full_zero3", shared_data)
+    assert "red" in generate_without_heliostat(Path(trained["bundle"]), PROMPT).lower()
+
+
+def train_alpaca(example: str, shared_data: Path) -> dict[str, Any]:
+    """The result of an example that learns a little."""
+    data = [f"data.train={shared_data}/alpaca/alpaca_train.json", "data.max_train_samples=24", "data.validation_size=8"]
+    trained = command.run("train", str(EXAMPLES / "alpaca" / f"{example}.yaml"), *data)
     losses = validation_losses(Path(trained["run_folder"]))
     assert losses[-1] < losses[0]
-    prompt = "### Instruction:\nName three primary colours.\n\n### Response:"
-    expected = generate_without_heliostat(Path(trained["bundle"]), prompt)
-    assert served(trained["model_uri"], [prompt], max_tokens=24) == [expected]
+    return trained
 
 
 def test_text_from_scratch_loses_perplexity(shared_data: Path) -> None:
     config = str(EXAMPLES / "tinyshakespeare" / "scratch.yaml")
     trained = command.run(
-        "train", config, f"data.train={shared_data}/text/tinyshakespeare.txt", "training.max_steps=40",
-        "training.eval_steps=20",
+        "train", config, f"data.train={shared_data}/text/tinyshakespeare.txt", "training.max_steps=20",
+        "training.eval_steps=10",
     )  # fmt: skip
     losses = validation_losses(Path(trained["run_folder"]))
     assert losses[0] > losses[1] > losses[2]

@@ -1,4 +1,4 @@
-"""The manifests' commands, read by the programs that they start: flags, experiments, overrides, room for workers."""
+"""The manifests' commands, read by the programs that they start: flags, experiments, searches, room for workers."""
 
 import contextlib
 import importlib.util
@@ -73,6 +73,7 @@ def _heliostat(command: Command, arguments: list[str], manifests: Sequence[Manif
         return
     try:
         config = _experiment(options.config, options.overrides, manifests)
+        _as_the_command_would(verb, config)
     except ConfigError as error:
         yield command.problem(str(error))
         return
@@ -96,6 +97,23 @@ def _experiment(path: str, overrides: Sequence[str], manifests: Sequence[Manifes
         file = Path(scratch) / name
         file.write_text(text, encoding="utf-8")
         return experiment.load(file, overrides)
+
+
+def _as_the_command_would(verb: str, config: ExperimentConfig) -> None:
+    """What a command looks at before it reads data and asks the cluster.
+
+    Raises:
+        ConfigError: settings contradict each other, or a search has keys, values or metrics that do not exist.
+    """
+    from heliostat.training import setup
+    from heliostat.tuning import decoding_plan, training_search
+
+    if verb == "train":
+        setup.check(config)
+    elif verb == "tune-training":
+        training_search.check(config)
+    elif verb == "tune-decoding":
+        decoding_plan.check(config)
 
 
 def _room(command: Command, config: ExperimentConfig) -> Iterator[Problem]:

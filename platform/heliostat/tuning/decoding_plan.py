@@ -63,13 +63,7 @@ def prepare(config: ExperimentConfig, reference: str) -> Plan:
         UserError: one of them is wrong.
     """
     section, defaults = config.tune_decoding, config.generation
-    if config.data.format == "text":
-        raise ConfigError("data.format: a decoding search needs prompts with right answers; `text` has none")
-    if config.data.task == "classification":
-        raise ConfigError("data.format: a decoding search is for models that generate; a classifier has no decoding")
-    space = decoding_settings.parse_space(section.space, defaults)
-    goal = section.metric or config.evaluation.metrics[0]
-    objective.check([goal] if isinstance(goal, str) else list(goal))
+    space, goal = check(config)
     model, manifest = _bundle(reference)
     rows, holdout, notes = _rows(config)
     references = tuple(formats.reference_of(row, config.data) for row in (*rows, *holdout))
@@ -85,6 +79,22 @@ def prepare(config: ExperimentConfig, reference: str) -> Plan:
     own = decoding_settings.own_point(generation_config, PromptPrefix.of(manifest), defaults, model.path)
     fixed = (greedy,) if task.setting(own).same_as(task.setting(greedy)) else (greedy, own)
     return Plan(config, model, manifest, generation_config, space, task, rows, holdout, fixed, notes)
+
+
+def check(config: ExperimentConfig) -> tuple[Space, objective.Goal]:
+    """The space and the metric, or metrics with their weights, found right without the model and the rows.
+
+    Raises:
+        ConfigError: there is nothing to decode, or one of them is wrong.
+    """
+    if config.data.format == "text":
+        raise ConfigError("data.format: a decoding search needs prompts with right answers; `text` has none")
+    if config.data.task == "classification":
+        raise ConfigError("data.format: a decoding search is for models that generate; a classifier has no decoding")
+    space = decoding_settings.parse_space(config.tune_decoding.space, config.generation)
+    goal = config.tune_decoding.metric or config.evaluation.metrics[0]
+    objective.check([goal] if isinstance(goal, str) else list(goal))
+    return space, goal
 
 
 def rungs(prompts: int, min_prompts: int, reduction_factor: float) -> tuple[int, ...]:

@@ -64,7 +64,8 @@ def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
     """
     searched = parse(config)
     base, metric, mode = _trial_config(config)
-    check(base, searched)
+    _check_settings(base, searched)
+    _check_rows(base)
     storage = Path(config.storage_path) if config.storage_path else state.runs()
     with cluster.connected():
         concurrent = _concurrency(base)
@@ -91,12 +92,17 @@ def parse(config: ExperimentConfig) -> Space:
     return space.parse(config.tune_training.space, WHERE, _searchable_keys())
 
 
-def check(base: ExperimentConfig, searched: Space) -> None:
-    """Refuse a search whose trials could not train.
+def check(config: ExperimentConfig) -> None:
+    """Refuse a search whose trials could not train, as far as can be said without the data.
 
     Raises:
-        ConfigError: some value of the space is not allowed, or the metric cannot be measured; names the key.
+        ConfigError: see `parse`; an override or a value of the space is not allowed, or there is no such metric.
     """
+    base, _, _ = _trial_config(config)
+    _check_settings(base, parse(config))
+
+
+def _check_settings(base: ExperimentConfig, searched: Space) -> None:
     for key, value, point in searched.extremes():
         try:
             setup.check(with_values(base, point))
@@ -107,6 +113,10 @@ def check(base: ExperimentConfig, searched: Space) -> None:
         searched.grid(WHERE)
     if base.tune_training.gpu_hours and not _gpus(base.training):
         raise ConfigError(f"{WHERE}.gpu_hours: the trials use no GPU; set time_budget_s instead")
+
+
+def _check_rows(base: ExperimentConfig) -> None:
+    """Refuse a search whose metric cannot be measured on the rows that there are."""
     rows = splits.load_splits(base.data, base.seed, ("train", "validation"))
     setup.check_best(base, rows)
     if "validation" not in rows:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from xdist.scheduler import LoadScopeScheduling
 # Before any library reads them: no look-ups on the internet, no threads beyond the cores of a small machine.
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without one, a Ray cluster that a test starts makes a token in the user's home (~/.ray/auth_token), and leaves it.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 REPOSITORY = Path(__file__).parents[1]
 _CLUSTER = "tests/ray/"

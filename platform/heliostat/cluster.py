@@ -23,9 +23,10 @@ def connect(address: str | None = None) -> None:
     """Join the Ray cluster at `address` (default: RAY_ADDRESS), or start one here; nothing if already connected.
 
     Raises:
-        ResourceError: no cluster answers at the address.
+        ResourceError: no cluster answers at the address, or it wants a token.
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
@@ -41,7 +42,13 @@ def connect(address: str | None = None) -> None:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except ConnectionError as error:
+    except (ConnectionError, AuthenticationError) as error:
+        # Ray tells of a wrong token in the text of a cause only.
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
+            raise ResourceError(
+                f"the Ray cluster at {address} (RAY_ADDRESS) wants another token; set RAY_AUTH_MODE=token and the "
+                "cluster's token as RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token)"
+            ) from error
         raise ResourceError(
             f"no Ray cluster answers at {address} (RAY_ADDRESS); start it, or unset it to use this machine"
         ) from error

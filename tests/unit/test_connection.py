@@ -43,7 +43,7 @@ def answering(status: int, body: str) -> Iterator[str]:
         (200, "{}", "is not the dashboard of a Ray cluster"),
         (500, "", "is not the dashboard of a Ray cluster"),
         (401, "Unauthorized", r"wants a token; set RAY_AUTH_MODE=token"),
-        (403, "Forbidden", "does not take the token"),
+        (403, "Forbidden", "does not take the token of RAY_AUTH_TOKEN;"),
         (200, json.dumps({"version": "4", "ray_version": "2.48.0"}), r"runs Ray 2\.48\.0; Heliostat needs 2\.60"),
         (200, json.dumps({"version": "4", "ray_version": "1.8.0"}), "is not the dashboard .*1.8.0 is running"),
     ],

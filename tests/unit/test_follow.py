@@ -67,6 +67,7 @@ def test_a_job_that_went_well_gives_its_facts() -> None:
         (known("FAILED", 2, error="data.jsonl:3: is bad"), 2, r"failed: data\.jsonl:3: is bad"),
         (known("FAILED", 3, error="a gate refused"), 3, "a gate refused"),
         (known("FAILED", None), 1, "Ray's words"),
+        (known("FAILED", -9), 1, "Ray's words"),
         (known("STOPPED", None), 1, "was stopped"),
     ],
 )

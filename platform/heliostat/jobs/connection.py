@@ -56,7 +56,7 @@ class Cluster:
             yield
         except AuthenticationError as error:
             missing = "required" in str(error).split(":")[0]
-            problem = "wants a token" if missing else "does not take the token that is set here"
+            problem = "wants a token" if missing else f"does not take the token of {_token_source()}"
             raise ResourceError(
                 f"the Ray cluster at {self.address} {problem}; set RAY_AUTH_MODE=token and the cluster's token as "
                 "RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token)"
@@ -109,6 +109,13 @@ class Cluster:
                 f"the cluster at {self.address} runs Ray {self.version}; Heliostat needs "
                 f"{'.'.join(map(str, _OLDEST_RAY))} or newer there"
             )
+
+
+def _token_source() -> str:
+    """Where Ray's client took its token from, in its order."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 @contextlib.contextmanager

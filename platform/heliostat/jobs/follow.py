@@ -80,11 +80,12 @@ def outcome(known: dict[str, Any]) -> dict[str, Any]:
     """
     if known["status"] == "SUCCEEDED":
         return known
-    job, code = known["job_id"], known["exit_code"]
+    job = known["job_id"]
+    code = max(known["exit_code"] or 1, 1)  # of a command that was killed, Ray has the negative signal
     if known["status"] == "STOPPED":
-        raise JobFailed(f"the job {job} was stopped", code or 1, known)
+        raise JobFailed(f"the job {job} was stopped", code, known)
     reason = known.get("error") or known["message"]
-    raise JobFailed(f"the job {job} failed: {reason}", code or 1, known)
+    raise JobFailed(f"the job {job} failed: {reason}", code, known)
 
 
 def facts(cluster: Cluster, job: str) -> dict[str, Any]:

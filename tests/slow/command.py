@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import psutil
 
 from heliostat import journal as metrics_file
 
+_HERE = (sys.executable, "-m", "heliostat.cli")
 
-def start(*arguments: str) -> "subprocess.Popen[str]":
+
+def start(*arguments: str, program: Sequence[str] = _HERE) -> "subprocess.Popen[str]":
     """Start a command with --json."""
-    command = [sys.executable, "-m", "heliostat.cli", *arguments, "--json"]
+    command = [*program, *arguments, "--json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
 
 

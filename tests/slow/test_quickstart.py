@@ -1,21 +1,33 @@
-"""The quickstart, as the README gives it, and the README's client against the endpoint it leaves up."""
+"""The quickstart, as the README gives it, far from the checkout with a wheel that is installed in an environment of its
+own; and the README's client against the endpoint it leaves up."""
 
 import contextlib
 import io
 import json
 from pathlib import Path
 
+import pytest
+
 from heliostat import state
 from heliostat.quickstart.schedules import UNSEEN_PHRASE
 from heliostat.registry import versions
-from tests import readme
+from tests import readme, wheel
 from tests.slow import command
 
 PORT = "18431"
 
 
-def test_quickstart_learns_and_answers() -> None:
-    process = command.start("quickstart", f"serving.port={PORT}", "--keep")
+@pytest.fixture
+def installed(tmp_path: Path) -> str:
+    """The program of the wheel."""
+    return str(wheel.install(wheel.build(tmp_path), tmp_path / "environment") / "heliostat")
+
+
+def test_quickstart_learns_and_answers(installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.delenv("PYTHONPATH", raising=False)
+        process = command.start("quickstart", f"serving.port={PORT}", "--keep", program=[installed])
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line, process.communicate()

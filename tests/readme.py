@@ -5,7 +5,9 @@ import re
 from tests.conftest import REPOSITORY
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PROGRAMS = ("heliostat", "curl", "serve", "make", "python", "pip")
+PROGRAMS = ("heliostat", "curl", "serve", "make", "python", "pip", "pytest", "ray", "mlflow", "tensorboard", "kubectl",
+            "docker", "helm", "git", "export", ".")  # fmt: skip
+_LINE = re.compile(rf"^ {{4,}}(?:\w+=\S+ )*(?:{'|'.join(map(re.escape, PROGRAMS))}) .*$", re.MULTILINE)
 
 
 def document(name: str) -> str:
@@ -20,8 +22,7 @@ def section(heading: str, text: str = TEXT) -> str:
 
 def shell(text: str) -> list[str]:
     """The command lines of the indented blocks of a text; one that goes on behind a backslash is one."""
-    lines = text.replace("\\\n", "").splitlines()
-    return [line.strip() for line in lines if line.startswith(tuple(f"    {name} " for name in PROGRAMS))]
+    return [line.strip() for line in _LINE.findall(text.replace("\\\n", ""))]
 
 
 def commands(heading: str) -> list[list[str]]:

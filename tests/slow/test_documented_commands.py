@@ -5,9 +5,11 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -44,6 +46,30 @@ def endpoint(arguments: list[str], port: int) -> Iterator[None]:
         process.communicate(timeout=120)
 
 
+@contextmanager
+def collector() -> Iterator[tuple[str, threading.Event]]:
+    """The address of a server for OpenTelemetry's spans, and whether it was sent any."""
+    spans = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/v1/traces":
+                spans.set()
+
+        def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
+            """Not in the tests' output."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", spans
+        finally:
+            server.shutdown()
+
+
 def run(line: str, port: int) -> str:
     """What a command prints."""
     line = line.replace(URL, f"http://127.0.0.1:{port}").replace("curl ", "curl --silent --show-error --fail ", 1)
@@ -71,10 +97,25 @@ def test_the_readme_serves_asks_and_makes_keys(tmp_path: Path, monkeypatch: pyte
         for line in lines[1:key]:
             assert answers_rightly(line, run(line, port)), line
     monkeypatch.setenv("KEY", run(lines[key], port).splitlines()[0])
-    with endpoint(shlex.split(lines[serves[1]])[2:], port):
-        for line in lines[serves[1] + 1 :]:
+    tracing = readme.shell(readme.section("Traces", readme.document("observability.md")))[-1].split()
+    assert tracing[1:3] == ["heliostat", "serve"]
+    with collector() as (url, spans):
+        monkeypatch.setenv(tracing[0].partition("=")[0], url)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms until spans are sent
+        asked = [f'{line} -H "Authorization: Bearer $KEY"' for line in lines[1:key] if '"stream": true' in line]
+        arguments = [*shlex.split(lines[serves[1]])[2:], tracing[-1]]
+        serve_with_keys(arguments, [*lines[serves[1] + 1 :], *asked], port)
+        assert spans.wait(120), f"nothing was sent to {url}"
+
+
+def serve_with_keys(arguments: list[str], lines: list[str], port: int) -> None:
+    """Ask an endpoint that wants the key in $KEY, also for its metrics."""
+    (metrics,) = readme.shell(readme.section("Metrics", readme.document("observability.md")))
+    with endpoint(arguments, port):
+        for line in lines:
             assert answers_rightly(line, run(line, port)), line
-            assert httpx2.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+        assert httpx2.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+        assert "heliostat_" in run(metrics, port)
 
 
 def test_the_guide_serves_an_experiment_and_a_serve_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

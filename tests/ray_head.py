@@ -31,17 +31,25 @@ class RayHead:
         ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port",
                                                 "ray-client-server-port")}  # fmt: skip
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
+        self.gcs = f"127.0.0.1:{ports['port']}"
         command = [f"{programs}/ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
                    f"--temp-dir={self._folder}/ray", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
                    *(f"--{name}={port}" for name, port in ports.items())]  # fmt: skip
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        ours = ("PYTHONPATH", "RAY_AUTH_TOKEN")
+        environment = {name: value for name, value in os.environ.items() if name not in ours} | {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
+            "RAY_raylet_start_wait_time_s": "120",  # 30 are too few on a busy machine
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "HELIOSTAT_HOME": str(home),
         }
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that all others are below."""
+        return self._process.pid
 
     def wait(self, seconds: float = 120) -> None:
         """Wait until the job server answers; the limit only keeps a broken one from hanging the tests."""

@@ -112,6 +112,7 @@ class Machine:
             **image,
             "PATH": path,
             "HOME": str(mounts.get("/home/ray", self.folder)),
+            "RAY_TMPDIR": str(mounts.get("/tmp", self.folder)),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
             **given,

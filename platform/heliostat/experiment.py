@@ -34,6 +34,8 @@ SYNONYMS = {
     "block_size": "data.max_length",
     "sample_packing": "data.packing",
     "train_on_prompt": "data.train_on_inputs",
+    "dataset_processes": "data.preprocessing_num_workers",
+    "dataset_num_proc": "data.preprocessing_num_workers",
     "max_samples": "data.max_train_samples",
     "finetuning_type": "adapter.method",
     "lora_rank": "adapter.lora_r",

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from heliostat.data import audit, audit_view, formats
 from heliostat.data.audit import Span
 from heliostat.data.config import DataConfig
+from heliostat.data.contents import contents
 from heliostat.data.packing import PackedDataset
 from heliostat.data.records import Row
 from heliostat.data.tokens import TokenDataset, encode
@@ -112,7 +113,8 @@ def test_the_audit_shows_texts_and_labels() -> None:
     made = encode(ROWS, tiny.tokenizer(), DATA)
     meta = {"split": "train", "rows": len(ROWS), "documents": len(ROWS), "tokens": 1, "supervised_tokens": len(ROWS)}
     tokens = TokenDataset(made.input_ids, made.loss_mask, made.offsets, {**meta, "truncated": 0, "dropped": 0})
-    report = audit.audit({"train": ROWS}, {"train": tokens}, tiny.tokenizer(), DATA)
+    packed = PackedDataset(tokens, DATA.max_length, packing=False)
+    report = audit.audit({"train": contents(ROWS, DATA)}, {"train": packed}, tiny.tokenizer(), DATA)
     assert report.splits["train"].labels == {"cat": 36, "dog": 36, "man": 36}
     assert report.splits["train"].eos_learned is None
     assert report.samples[0].spans == [Span(ROWS[0].fields["text"], False), Span("cat", True)]

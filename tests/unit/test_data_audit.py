@@ -16,6 +16,8 @@ from rich.console import Console
 from heliostat.data import audit, audit_view, prepare, splits
 from heliostat.data.audit import Finding, Report
 from heliostat.data.config import AuditConfig, DataConfig
+from heliostat.data.contents import contents
+from heliostat.data.packing import PackedDataset
 from heliostat.data.tokens import Counts, Encoded, TokenDataset
 from heliostat.errors import AuditFailed
 from tests import tiny
@@ -26,6 +28,11 @@ Rows = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return tiny.tokenizer()
+
+
+def audited(rows: Any, tokens: dict[str, TokenDataset], tokenizer: Any, config: DataConfig) -> Report:
+    packed = {name: PackedDataset(each, config.max_length, packing=config.packing) for name, each in tokens.items()}
+    return audit.audit({name: contents(rows[name], config) for name in tokens}, packed, tokenizer, config)
 
 
 class Data:
@@ -47,7 +54,7 @@ class Data:
 
     def audit(self, given: dict[str, Rows], **data: Any) -> Report:
         rows, tokens, config = self.prepared(given, **data)
-        return audit.audit(rows, tokens, self.tokenizer, config)
+        return audited(rows, tokens, self.tokenizer, config)
 
 
 @pytest.fixture
@@ -236,7 +243,7 @@ def test_a_split_that_teaches_nothing_is_an_error_that_cannot_be_waved_through(t
     (tmp_path / "rows.jsonl").write_text(json.dumps(pair("the", " quick")))
     config = DataConfig(train=str(tmp_path / "rows.jsonl"), format="prompt_completion", validation_size=0)
     tokens = {"train": TokenDataset.open(tmp_path / "train")}
-    report = audit.audit(splits.load_splits(config, 0), tokens, tokenizer, config)
+    report = audited(splits.load_splits(config, 0), tokens, tokenizer, config)
     with pytest.raises(AuditFailed, match="train: no token carries loss") as refused:
         report.check()
     assert "severity" not in str(refused.value)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from heliostat.data import packing
 from heliostat.data.packing import IGNORED, PackedDataset, PackedRow, collate, pack
 from heliostat.data.tokens import Counts, Encoded, TokenDataset
+from heliostat.errors import DataError
 
 VOCABULARY = 97
 PAD = 0
@@ -40,6 +42,25 @@ def test_twenty_thousand_short_documents_fill_their_rows() -> None:
     lengths = np.random.default_rng(0).integers(5, 301, 20_000)
     rows = pack(lengths, 512)
     assert lengths.sum() / (len(rows) * 512) >= 0.99
+
+
+def test_windows_are_packed_by_themselves_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = make_tokens(np.random.default_rng(0).integers(2, 17, 200).tolist(), tmp_path / "t")
+    monkeypatch.setattr(packing, "WINDOW", 64)
+    data = PackedDataset(tokens, 16)
+    rows = [data.documents(index) for index in range(len(data))]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(200))
+    assert all(row.min() // 64 == row.max() // 64 for row in rows)
+    opened = PackedDataset.open(tmp_path / "t", 16, packing=True)
+    monkeypatch.setattr(packing, "pack", None)
+    for again in (opened, PackedDataset.open(tmp_path / "t", 16, packing=True)):
+        assert [again.documents(index).tolist() for index in range(len(again))] == [row.tolist() for row in rows]
+        for counts in ("num_tokens", "num_label_tokens"):
+            assert np.array_equal(getattr(again, counts)(slice(None)), getattr(data, counts)(slice(None)))
+    assert [path.name for path in (tmp_path / "t").glob("packed*")] == ["packed-16"]
+    (tmp_path / "t" / "packed-16" / "offsets.npy").unlink()
+    with pytest.raises(DataError, match=r"packed-16: cannot be read as packed data"):
+        PackedDataset.open(tmp_path / "t", 16, packing=True)
 
 
 def test_best_fit_takes_the_row_with_the_least_room_that_suffices() -> None:

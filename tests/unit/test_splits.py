@@ -126,7 +126,7 @@ def test_few_documents_give_their_last_ones_and_a_part_of_one(tmp_path: Path) ->
     splits = load_splits(DataConfig(train=paths, validation_size=0.2), seed=1)
     assert [len(rows) for rows in splits.values()] == [2, 2]
     assert splits["validation"][1].fields["text"] == "end"
-    assert "".join(texts(splits["train"] + splits["validation"])) == "x " * 500 + "yz " * 300 + "end"
+    assert "".join(texts([*splits["train"], *splits["validation"]])) == "x " * 500 + "yz " * 300 + "end"
     assert splits["validation"][0].fields["text"].startswith("yz ")
 
 

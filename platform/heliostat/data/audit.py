@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from heliostat.data.config import AuditConfig, Check, DataConfig, Severity
-from heliostat.data.contents import Contents, contents
+from heliostat.data.contents import Contents
 from heliostat.data.packing import PackedDataset
-from heliostat.data.records import Row
 from heliostat.data.tokens import Ids, TokenDataset
 from heliostat.errors import AuditFailed
 
@@ -127,34 +126,27 @@ class Report:
 
 
 def audit(
-    rows: Mapping[str, Sequence[Row]], tokens: Mapping[str, TokenDataset], tokenizer: Any, config: DataConfig
+    said: Mapping[str, Contents], packed: Mapping[str, PackedDataset], tokenizer: Any, config: DataConfig
 ) -> Report:
-    """Look at the rows of each split and at what they were tokenised to.
-
-    Raises:
-        DataError: a row is wrong (see `to_segments`).
-    """
-    said = {name: contents(rows[name], config) for name in tokens}
-    counts = {name: _counts(tokens[name], said[name], tokenizer, config) for name in tokens}
+    """Look at what the rows of each split say, and at what they were tokenised to."""
+    counts = {name: _counts(packed[name], said[name], tokenizer, config) for name in packed}
     found = [*_of_tokens(counts, config), *_of_rows(said, config.audit), *_of_labels(counts, config.audit)]
     return Report(
         splits=counts,
         findings=sorted(found, key=lambda finding: -LEVELS.index(finding.severity)),
-        samples=_samples(tokens["train"], tokenizer, config),
+        samples=_samples(packed["train"].tokens, tokenizer, config),
         fail_on=config.audit.fail_on,
     )
 
 
-def _counts(tokens: TokenDataset, said: Contents, tokenizer: Any, config: DataConfig) -> SplitCounts:
-    packed = PackedDataset(tokens, config.max_length, packing=config.packing)
-    last = tokens.offsets[1:] - 1
-    ends = (tokens.input_ids[last] == tokenizer.eos_token_id) & tokens.loss_mask[last]
+def _counts(packed: PackedDataset, said: Contents, tokenizer: Any, config: DataConfig) -> SplitCounts:
+    tokens = packed.tokens
     return SplitCounts(
         rows=tokens.meta["rows"],
         documents=len(tokens),
         tokens=tokens.meta["tokens"],
         supervised_tokens=tokens.meta["supervised_tokens"],
-        eos_learned=int(ends.sum()) if config.task == "causal_lm" else None,
+        eos_learned=tokens.count_ended(tokenizer.eos_token_id) if config.task == "causal_lm" else None,
         truncated=tokens.meta["truncated"],
         dropped=tokens.meta["dropped"],
         empty=int(said.blank.sum()),

@@ -116,6 +116,11 @@ class DataConfig(StrictModel):
     """The labels of `format: classification`; default: those that occur in the training rows, sorted."""
     text_separator: str | None = None
     """What ends a document in a .txt file, such as "\\n\\n"; default: the file is one document."""
+    streaming: bool = False
+    """For a corpus (`format: text`) that does not fit into memory: .jsonl, .parquet and .txt files are read a piece at
+    a time and tokenised by several processes. Held-out sizes are then fractions, kept nearly."""
+    preprocessing_num_workers: PositiveInt | None = None
+    """Processes that tokenise with `streaming`; default: as many as there are CPUs."""
     train_on_inputs: bool = False
     """Also learn the prompt or user tokens of supervised formats."""
     max_length: PositiveInt = 512
@@ -158,6 +163,23 @@ class DataConfig(StrictModel):
             raise ValueError(
                 "`columns` does not go with `format: cloze`, whose files have one form; set prompt_template"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _streaming_reads_corpora(self) -> Self:
+        if not self.streaming:
+            return self
+        if self.format != "text":
+            raise ValueError(f"`streaming` reads `format: text`, not {self.format}; drop it")
+        if self.is_mixture:
+            raise ValueError("`streaming` does not go with weights or columns of data sets; name the files alone")
+        if self.validation_size >= 1 or self.test_size >= 1:
+            raise ValueError(
+                "with `streaming`, validation_size and test_size are fractions below 1, because each row is assigned "
+                "by itself; max_validation_samples limits how many are used"
+            )
+        if self.validation_size + self.test_size >= 1:
+            raise ValueError("validation_size and test_size leave nothing to train on; make them smaller")
         return self
 
     @model_validator(mode="after")

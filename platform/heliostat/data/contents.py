@@ -26,7 +26,7 @@ MIN_ROWS_OF_A_LABEL = 3
 class Contents:
     """What the rows of a split say."""
 
-    origins: list[str]
+    origins: Sequence[str]
     """Where each row is from."""
     digests: npt.NDArray[np.uint64]
     """[rows]: equal where the text that is trained on is, white space aside."""
@@ -42,14 +42,19 @@ def contents(rows: Sequence[Row], config: DataConfig) -> Contents:
     Raises:
         DataError: a row is wrong (see `to_segments`).
     """
-    digests = np.fromiter((_digest(_text(row, config)) for row in rows), dtype=np.uint64, count=len(rows))
+    digests = np.fromiter((digest(row, config) for row in rows), dtype=np.uint64, count=len(rows))
     blank = np.fromiter((_is_blank(row, config) for row in rows), dtype=np.bool_, count=len(rows))
     return Contents([row.origin for row in rows], digests, blank, _labels(rows, config))
 
 
-def _digest(text: str) -> int:
-    """64 bits: two different rows among a million share one with a probability of 3e-8."""
-    normalised = " ".join(text.split()).encode(errors="surrogatepass")
+def digest(row: Row, config: DataConfig) -> int:
+    """64 bits of what is trained on, white space aside: two different rows among a million share them with a
+    probability of 3e-8.
+
+    Raises:
+        DataError: the row is wrong (see `to_segments`).
+    """
+    normalised = " ".join(_text(row, config).split()).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(normalised, digest_size=8).digest(), "big")
 
 

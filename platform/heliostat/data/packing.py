@@ -5,18 +5,25 @@ mask from that. This holds only without an attention mask and with `use_cache=Fa
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from heliostat.data.tokens import TokenDataset
+from heliostat.data.tokens import TokenDataset, move
+from heliostat.errors import DataError
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
+# Documents that are packed together: enough to fill the rows, and few beside those of a corpus.
+WINDOW = 2**17
 
 Integers = npt.NDArray[np.int64]
 
@@ -63,17 +70,83 @@ def pack(lengths: npt.NDArray[np.integer], max_length: int) -> list[list[int]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Which documents are in which row."""
+
+    documents: Integers
+    """Indices of the documents of all rows, end to end, [documents]."""
+    offsets: Integers
+    """Where each row begins in them, [rows + 1]."""
+    label_counts: Integers
+    """Tokens of each row that carry loss, [rows]."""
+    token_counts: Integers
+    """Tokens of each row, [rows]."""
+
+    @classmethod
+    def of(cls, tokens: TokenDataset, max_length: int, *, packing: bool) -> Self:
+        """Pack each `WINDOW` documents by themselves."""
+        lengths, labels = tokens.lengths, tokens.label_counts
+        if not packing:
+            every = np.arange(len(tokens) + 1)
+            return cls(every[:-1], every, labels, lengths)
+        documents, sizes = [], []
+        for start in range(0, len(lengths), WINDOW):
+            rows = pack(lengths[start : start + WINDOW], max_length)
+            documents.append(start + np.fromiter(chain.from_iterable(rows), dtype=np.int64))
+            sizes.append(np.fromiter(map(len, rows), dtype=np.int64))
+        order, offsets = np.concatenate(documents), np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64)
+        counts = [np.add.reduceat(values[order], offsets[:-1]) for values in (labels, lengths)]
+        return cls(order, offsets, *counts)
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `open` reads, unless another process is first."""
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        for field in dataclasses.fields(self):
+            np.save(temporary / f"{field.name}.npy", getattr(self, field.name))
+        move(temporary, folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """What `save` wrote, memory-mapped.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        try:
+            return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: cannot be read as packed data ({error}); delete the folder") from error
+
+
 class PackedDataset:
     """The rows of a split. With `packing` False, every document is a row."""
 
-    def __init__(self, tokens: TokenDataset, max_length: int, *, packing: bool = True) -> None:
+    def __init__(
+        self, tokens: TokenDataset, max_length: int, *, packing: bool = True, made: Packing | None = None
+    ) -> None:
+        """`made`: how the documents were packed before."""
         self.tokens = tokens
         self.max_length = max_length
-        rows = pack(tokens.lengths, max_length) if packing else [[index] for index in range(len(tokens))]
-        self._documents = np.array([index for row in rows for index in row], dtype=np.int64)
-        self._offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        self._label_counts: Integers = np.add.reduceat(tokens.label_counts[self._documents], self._offsets[:-1])
-        self._token_counts: Integers = np.add.reduceat(tokens.lengths[self._documents], self._offsets[:-1])
+        made = made or Packing.of(tokens, max_length, packing=packing)
+        self._documents, self._offsets = made.documents, made.offsets
+        self._label_counts, self._token_counts = made.label_counts, made.token_counts
+
+    @classmethod
+    def open(cls, folder: Path, max_length: int, *, packing: bool) -> Self:
+        """The split whose tokens are in `folder`, which are packed once for all processes that open it.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        tokens = TokenDataset.open(folder)
+        if not packing:
+            return cls(tokens, max_length, packing=False)
+        packed = folder / f"packed-{max_length}"
+        if not packed.exists():
+            Packing.of(tokens, max_length, packing=True).save(packed)
+        return cls(tokens, max_length, made=Packing.open(packed))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

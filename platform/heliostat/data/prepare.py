@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,10 @@ from typing import Any
 from heliostat.config import fingerprint
 from heliostat.data import mixture
 from heliostat.data.config import DataConfig
+from heliostat.data.corpus import Corpus
 from heliostat.data.records import Row, file_manifest
-from heliostat.data.tokens import TokenDataset, encode
+from heliostat.data.streams import Stream
+from heliostat.data.tokens import TokenDataset, encode, move
 from heliostat.errors import DataError
 
 # Raise when the same rows and config become other tokens than before.
@@ -63,16 +64,21 @@ def prepare(
     used = {name: rows[name] for name in splits if name in rows}
     if splits[0] not in used:
         raise DataError(f"data.{splits[0]}: no file is given for this split; set it, or data.{splits[0]}_size")
-    data_hash = _data_sha256(used)
     tokenizer_hash = tokenizer_sha256(tokenizer)
-    tokenisation = config.model_dump(mode="json", include=TOKEN_KEYS)
-    key = fingerprint([FORMAT_VERSION, data_hash, tokenizer_hash, tokenisation])
-    folder = cache / key
-    if not folder.exists():
-        _tokenise(used, tokenizer, config, folder)
-    folders = {name: folder / name for name in used}
+    made_by = [FORMAT_VERSION, tokenizer_hash, config.model_dump(mode="json", include=TOKEN_KEYS)]
+    if streamed := {name: split for name, split in used.items() if isinstance(split, Stream)}:
+        corpus = Corpus(streamed, config, seed, cache)
+        data_hash, files = corpus.sha256, corpus.manifest
+        key = fingerprint([data_hash, *made_by])
+        corpus.tokenise(tokenizer, cache / key, made_by)
+    else:
+        data_hash, files = _data_sha256(used), _files(config, used)
+        key = fingerprint([made_by[0], data_hash, *made_by[1:]])
+        if not (cache / key).exists():
+            _tokenise(used, tokenizer, config, cache / key)
+    folders = {name: cache / key / name for name in used}
     manifest = {
-        "files": _files(config, used),
+        "files": files,
         "splits": {name: TokenDataset.open(path).meta for name, path in folders.items()},
         "sources": mixture.counts(used["train"], config.sources) if config.is_mixture and "train" in used else [],
         "data_sha256": data_hash,
@@ -100,19 +106,9 @@ def _tokenise(rows: Mapping[str, Sequence[Row]], tokenizer: Any, config: DataCon
     try:
         for name, found in rows.items():
             encode(found, tokenizer, config).save(temporary / name, name)
-        _move(temporary, folder)
+        move(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move(temporary: Path, folder: Path) -> None:
-    temporary.chmod(0o755)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        # Another process was first; a folder that is there is complete and has the same content.
-        if not folder.exists():
-            raise
 
 
 def _data_sha256(rows: Mapping[str, Sequence[Row]]) -> str:

@@ -36,6 +36,11 @@ class Row:
     source: int = 0
     """Which data set of a mixture it is of."""
 
+    @property
+    def characters(self) -> int:
+        """Characters of its texts, those inside of lists and objects not counted."""
+        return sum(len(value) for value in self.fields.values() if isinstance(value, str))
+
     def content(self) -> bytes:
         """The fields as canonical JSON: equal for equal rows, whatever their file or column order."""
         return json.dumps(self.fields, sort_keys=True, ensure_ascii=False, default=str).encode()
@@ -168,25 +173,38 @@ def _decode(path: Path) -> str:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
+    text = to_text(data, path)
     if not text.strip():
         raise DataError(f"{path}: is empty")
     return text
 
 
+def to_text(data: bytes, path: Path, line: int = 1) -> str:
+    """Decode bytes that begin on `line` of a file.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        byte = data[error.start]
+        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
     lines = _decode(path).rstrip().split("\n")
-    return [_object_row(_parse_json(path, line, number), f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return [object_row(parse_json(path, line, number), f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def _parse_json(path: Path, text: str, line: int = 1, hint: str = "") -> Any:
-    """Parse JSON that starts on `line` of the file."""
+def parse_json(path: Path, text: str, line: int = 1, hint: str = "") -> Any:
+    """Parse JSON that starts on `line` of the file.
+
+    Raises:
+        DataError: it is malformed.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -194,7 +212,12 @@ def _parse_json(path: Path, text: str, line: int = 1, hint: str = "") -> Any:
         raise DataError(f"{place}: is not valid JSON: {error.msg} at column {error.colno}{hint}") from error
 
 
-def _object_row(value: Any, origin: str) -> Row:
+def object_row(value: Any, origin: str) -> Row:
+    """The row of a JSON object.
+
+    Raises:
+        DataError: it is something else.
+    """
     if not isinstance(value, dict):
         raise DataError(f"{origin}: must be a JSON object of columns and values, found a {type(value).__name__}")
     return Row(value, origin)
@@ -202,10 +225,10 @@ def _object_row(value: Any, origin: str) -> Row:
 
 def _read_json(path: Path) -> list[Row]:
     hint = " (a file with one object a line must be named .jsonl)"
-    values = _parse_json(path, _decode(path), hint=hint)
+    values = parse_json(path, _decode(path), hint=hint)
     if not isinstance(values, list):
         raise DataError(f"{path}:1: must be a JSON array of objects, found a {type(values).__name__}{hint}")
-    return [_object_row(value, f"{path}[{index}]") for index, value in enumerate(values)]
+    return [object_row(value, f"{path}[{index}]") for index, value in enumerate(values)]
 
 
 def _read_table(path: Path, column_names: Sequence[str] | None, *, delimiter: str, quoted: bool) -> list[Row]:

@@ -6,7 +6,7 @@ land in the same split, and neither the order of the files nor `max_train_sample
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heliostat.data.cloze import questions
@@ -14,6 +14,7 @@ from heliostat.data.config import DataConfig
 from heliostat.data.formats import field_text
 from heliostat.data.mixture import mix
 from heliostat.data.records import Row, read
+from heliostat.data.streams import streams
 from heliostat.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -21,18 +22,20 @@ SPLITS = ("train", "validation", "test")
 BORDER_WINDOW = 1000
 
 
-def load_splits(config: DataConfig, seed: int, wanted: Sequence[str] = SPLITS) -> dict[str, list[Row]]:
+def load_splits(config: DataConfig, seed: int, wanted: Sequence[str] = SPLITS) -> Mapping[str, Sequence[Row]]:
     """The rows of those of the `wanted` splits ("train", "validation", "test") that exist; no other files are read.
 
     Files that are given win. Otherwise `test_size`, then `validation_size`, are taken from the training rows: below 1 a
     fraction of them (at least one row), else a count. When `format: text` has too few rows for that, such as one large
     document, the end of the text is cut off instead. A passage of `format: cloze` is
     held out whole, and then becomes one row for each question. `max_*_samples` keeps the first rows of the finished
-    splits.
+    splits. With `streaming`, the rows are read when they are asked for (see `streams`).
 
     Raises:
         DataError: nothing is given, a file is wrong (see `read`), or the held-out part leaves no training row.
     """
+    if config.streaming:
+        return streams(config, seed, wanted)
     given = {"train": [source.path for source in config.sources], "validation": config.validation, "test": config.test}
     sizes = {"test": config.test_size, "validation": config.validation_size}
     held_out = {name: size for name, size in sizes.items() if size and not given[name]}

@@ -1,4 +1,4 @@
-"""Rows -> token ids and loss masks, kept in a folder of three numpy files. Knows nothing of packing or batches.
+"""Rows -> token ids and loss masks, kept in a folder of numpy files. Knows nothing of packing or batches.
 
 A document's ids are `[bos] + ids(prompt) + ids(completion) + [eos]`. Prompt and completion are tokenised separately, so
 the prompt that is served later tokenises to exactly the prefix that was trained: a tokenizer applied to both at once
@@ -16,6 +16,8 @@ could merge characters across their border.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ CHUNK_ROWS = 1000
 PROGRESS_ROWS = 20_000
 
 ARRAYS = ("input_ids", "loss_mask", "offsets")
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int32 | np.uint16]
 Mask = npt.NDArray[np.bool_]
 Offsets = npt.NDArray[np.int64]
 
@@ -77,7 +79,8 @@ class Encoded:
 class TokenDataset:
     """The documents of a split, memory-mapped: opening costs nothing, workers of a machine share the pages."""
 
-    def __init__(self, input_ids: Ids, loss_mask: Mask, offsets: Offsets, meta: dict[str, Any]) -> None:
+    def __init__(self, input_ids: Ids, loss_mask: Mask | None, offsets: Offsets, meta: dict[str, Any]) -> None:
+        """`loss_mask` None: everything is learned, and `meta` has what `count_ended` tells."""
         self.input_ids = input_ids
         self.loss_mask = loss_mask
         self.offsets = offsets
@@ -85,17 +88,18 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open what `Encoded.save` wrote.
+        """Open what `Encoded.save` wrote, or `Corpus.tokenise`, which leaves out the mask.
 
         Raises:
             DataError: a file is missing or damaged.
         """
         try:
-            ids, mask, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
             meta = json.loads((folder / "meta.json").read_text())
+            names = [name for name in ARRAYS if name != "loss_mask" or not meta.get("all_learned")]
+            found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: cannot be read as tokenised data ({error}); delete the folder") from error
-        return cls(ids, mask, offsets, meta)
+        return cls(found["input_ids"], found.get("loss_mask"), found["offsets"], meta)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -108,6 +112,8 @@ class TokenDataset:
     @property
     def label_counts(self) -> Offsets:
         """Tokens of each document that carry loss, [documents]; its first token never does."""
+        if self.loss_mask is None:
+            return self.lengths - 1
         starts = self.offsets[:-1]
         learned = np.add.reduceat(self.loss_mask, starts, dtype=np.int64)
         return np.asarray(learned - self.loss_mask[starts], dtype=np.int64)
@@ -115,7 +121,27 @@ class TokenDataset:
     def document(self, index: int) -> tuple[Ids, Mask]:
         """(ids, loss mask) of one document, both [length], views of the files."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.input_ids[span], self.loss_mask[span]
+        ids = self.input_ids[span]
+        return ids, np.ones(len(ids), dtype=np.bool_) if self.loss_mask is None else self.loss_mask[span]
+
+    def count_ended(self, token: int) -> int:
+        """Documents whose last token is this one and carries loss."""
+        if self.loss_mask is None:
+            return int(self.meta["ended"])
+        last = self.offsets[1:] - 1
+        return int(((self.input_ids[last] == token) & self.loss_mask[last]).sum())
+
+
+def move(temporary: Path, folder: Path) -> None:
+    """Put a finished folder where it belongs, unless another process has put one with the same content there."""
+    temporary.chmod(0o755)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        # Another process was first; a folder that is there is complete.
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Encoded:
@@ -134,7 +160,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Encoded:
     truncated = dropped = 0
     too_long: list[tuple[int, str]] = []
     for row, document, mask in _documents(rows, encoder):
-        pieces = _fit(document, mask, config)
+        pieces = fit(document, mask, config)
         shortened = len(document) > config.max_length and config.format != "text"
         if shortened:
             too_long.append((len(document), row.origin))
@@ -277,8 +303,8 @@ def _too_long_error(too_long: list[tuple[int, str]], rows: int, limit: int) -> D
     )
 
 
-def _fit(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
-    """The pieces of a document that fit `max_length`; none if it is to be dropped."""
+def fit(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
+    """The pieces of a document that are not longer than `max_length`; none if it is to be dropped."""
     limit = config.max_length
     if len(ids) <= limit:
         return [(ids, mask)]

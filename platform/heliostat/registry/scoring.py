@@ -141,7 +141,7 @@ def _test_rows(config: ExperimentConfig) -> list[Row]:
     rows = splits.load_splits(config.data, config.seed, ("test",)).get("test")
     if rows is None:
         raise DataError("there is no test split; set data.test to a file, or data.test_size to a part of data.train")
-    return rows
+    return list(rows)
 
 
 def _few_shot(config: ExperimentConfig) -> PromptPrefix | None:

@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from heliostat import state
-from heliostat.data import audit, audit_view, prepare, splits
+from heliostat.data import audit, audit_view, corpus, prepare, splits
 from heliostat.data.config import DataConfig
+from heliostat.data.contents import Contents, contents
+from heliostat.data.packing import PackedDataset
 from heliostat.data.prepare import Prepared
 from heliostat.data.records import Row
-from heliostat.data.tokens import TokenDataset
+from heliostat.data.streams import Stream
 from heliostat.experiment import ExperimentConfig
 from heliostat.training import runs, setup
 
@@ -67,7 +69,7 @@ def _audit(config: ExperimentConfig) -> Audited:
     setup.check(config)
     rows = splits.load_splits(config.data, config.seed)
     with tempfile.TemporaryDirectory() as folder:
-        source = setup.load_source(config, list(rows["train"]), Path(folder) / "init")
+        source = setup.load_source(config, rows["train"], Path(folder) / "init")
         return look(rows, source.data(config.data), source.tokenizer, config.seed)
 
 
@@ -83,9 +85,17 @@ def look(rows: Rows, data: DataConfig, tokenizer: Any, seed: int) -> Audited:
     folders = dict(prepared.splits)
     if "test" in rows:
         folders |= prepare.prepare(rows, data, tokenizer, seed, state.token_cache(), ("test",)).splits
-    tokens = {name: TokenDataset.open(folder) for name, folder in folders.items()}
-    report = audit.audit(rows, tokens, tokenizer, data)
-    return Audited(prepared, report, {name: each.lengths for name, each in tokens.items()}, data.max_length)
+    packed = {
+        name: PackedDataset.open(folder, data.max_length, packing=data.packing) for name, folder in folders.items()
+    }
+    said = {name: _contents(rows[name], data, folder) for name, folder in folders.items()}
+    report = audit.audit(said, packed, tokenizer, data)
+    return Audited(prepared, report, {name: each.tokens.lengths for name, each in packed.items()}, data.max_length)
+
+
+def _contents(rows: Sequence[Row], data: DataConfig, folder: Path) -> Contents:
+    """What the rows say; those of a corpus were read as they were tokenised."""
+    return corpus.contents(folder, rows.files) if isinstance(rows, Stream) else contents(rows, data)
 
 
 def tell(report: audit.Report, console: Console) -> None:

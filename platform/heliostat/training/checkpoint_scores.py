@@ -42,7 +42,7 @@ class CheckpointScores:
         self._thread = threading.Thread(target=self._work, name="checkpoint-scores", daemon=True)
 
     def __enter__(self) -> "CheckpointScores":
-        self._rows = splits.load_splits(self._config.data, self._config.seed, ("validation",))["validation"]
+        self._rows = list(splits.load_splits(self._config.data, self._config.seed, ("validation",))["validation"])
         references = [formats.reference_of(row, self._config.data) for row in self._rows]
         evaluation = self._config.evaluation
         (self._scorer,) = metrics.build(

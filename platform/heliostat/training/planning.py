@@ -13,7 +13,6 @@ import torch
 from heliostat import machine, state
 from heliostat.data import prepare, splits
 from heliostat.data.packing import PackedDataset
-from heliostat.data.tokens import TokenDataset
 from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import adapters, base, freezing
@@ -135,7 +134,7 @@ def _cpu_speed(dtype: torch.dtype) -> float:
 
 def _work(config: ExperimentConfig, tokens: Path) -> Work:
     data, training = config.data, config.training
-    rows = PackedDataset(TokenDataset.open(tokens), data.max_length, packing=data.packing)
+    rows = PackedDataset.open(tokens, data.max_length, packing=data.packing)
     lengths, labels = rows.num_tokens(slice(None)), rows.num_label_tokens(slice(None))
     steps = order.total_steps(len(rows), training.global_batch_size, training.num_train_epochs, training.max_steps)
     batch = Batch(training.per_device_train_batch_size, int(lengths.max()), max(1, int(labels.max())))

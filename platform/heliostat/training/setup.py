@@ -1,7 +1,7 @@
 """What is settled before workers start: model, tokenizer, number of steps. Runs in the driver; knows no Ray."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from heliostat.data import formats
 from heliostat.data.config import DataConfig
 from heliostat.data.packing import PackedDataset
 from heliostat.data.records import Row
+from heliostat.data.streams import Stream
 from heliostat.data.tokens import TokenDataset
 from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
@@ -104,7 +105,7 @@ def _check_new_tokens(adapter: AdapterConfig, split: str | None) -> None:
         raise ConfigError(f"model.add_tokens: an adapter needs the embeddings whole, {split}, or adapter.method=full")
 
 
-def check_best(config: ExperimentConfig, rows: dict[str, list[Row]]) -> None:
+def check_best(config: ExperimentConfig, rows: Mapping[str, Sequence[Row]]) -> None:
     """Refuse to choose the best model by what cannot be measured.
 
     Raises:
@@ -119,7 +120,7 @@ def check_best(config: ExperimentConfig, rows: dict[str, list[Row]]) -> None:
         raise ConfigError(f"{key} compares answers, which `format: text` has none of; use eval_loss")
 
 
-def load_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> Source:
+def load_source(config: ExperimentConfig, rows: Sequence[Row], folder: Path) -> Source:
     """Look up the model; or train a tokenizer on the training `rows` and write a new model's config to `folder`.
 
     Raises:
@@ -173,13 +174,14 @@ def _check_architecture(model: Any, config: ExperimentConfig) -> None:
         )
 
 
-def _new_source(config: ExperimentConfig, rows: list[Row], folder: Path) -> str:
+def _new_source(config: ExperimentConfig, rows: Sequence[Row], folder: Path) -> str:
     new, data = config.model.scratch, config.data
     assert new is not None
     if not folder.exists():
         chat = data.format == "chat"
         pairs = data.task == "seq2seq"
-        tokenizer = scratch.train_tokenizer(_texts(rows, data), new.vocab_size, data.max_length, chat=chat, ends=pairs)
+        texts = _texts(rows.sample() if isinstance(rows, Stream) else rows, data)
+        tokenizer = scratch.train_tokenizer(texts, new.vocab_size, data.max_length, chat=chat, ends=pairs)
         scratch.write(folder, tokenizer, new.model_type, new.config, data.max_length)
     return str(folder)
 
@@ -201,7 +203,7 @@ def _existing_source(config: ExperimentConfig) -> str:
     return path
 
 
-def _texts(rows: list[Row], data: DataConfig) -> Iterator[str]:
+def _texts(rows: Iterable[Row], data: DataConfig) -> Iterator[str]:
     """What a new tokenizer learns from: the rows' texts, without the marks of a chat template."""
     for row in rows:
         if data.task == "classification":
@@ -276,7 +278,7 @@ def plan(config: ExperimentConfig, run: Run, source: Source, tokens: dict[str, P
     Unless the configuration says how often, there is an evaluation once an epoch, and about `evaluations` at the least.
     """
     data, training = config.data, config.training
-    rows = PackedDataset(TokenDataset.open(tokens["train"]), data.max_length, packing=data.packing)
+    rows = PackedDataset.open(tokens["train"], data.max_length, packing=data.packing)
     per_epoch = len(rows) / training.global_batch_size
     total = order.total_steps(len(rows), training.global_batch_size, training.num_train_epochs, training.max_steps)
     eval_steps = training.eval_steps or max(1, min(round(per_epoch), math.ceil(total / evaluations)))

@@ -78,7 +78,7 @@ def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: 
 def config_hash(config: ExperimentConfig) -> str:
     """Equal for configurations that give the same weights, however they are stored, registered or served."""
     same = {"name", "seed", "model", "adapter", "data", "training"}
-    without = {"data": {"audit"}, "training": {"report_to"}}
+    without = {"data": {"audit", "preprocessing_num_workers"}, "training": {"report_to"}}
     return configuration.fingerprint(config.model_dump(mode="json", include=same, exclude=without))
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from heliostat import journal
 from heliostat.data.packing import PackedDataset, unlearned
-from heliostat.data.tokens import TokenDataset
 from heliostat.models import adapters, base, freezing, quantised
 from heliostat.training import agreement, engine, objectives, order, shards, zero
 from heliostat.training.saving import Saver
@@ -185,7 +184,7 @@ class Worker:
             journal.append(self.journal, step, {}, note)
 
     def _open(self, tokens: str) -> PackedDataset:
-        return PackedDataset(TokenDataset.open(Path(tokens)), self.spec.max_length, packing=self.spec.packing)
+        return PackedDataset.open(Path(tokens), self.spec.max_length, packing=self.spec.packing)
 
     def _build_engine(self) -> Any:
         spec = self.spec

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from heliostat import config, experiment
 from heliostat.cli import COMMANDS
-from heliostat.data.config import SEVERITIES, AuditConfig
+from heliostat.data.config import SEVERITIES, AuditConfig, DataConfig
 from heliostat.models.config import AdapterConfig
 from heliostat.serving import protocol
 from heliostat.serving.config import AutoscalingArgs, CanaryArgs, EndpointArgs, ServingConfig
@@ -61,7 +61,8 @@ def test_every_setting_of_an_adapter_is_told() -> None:
 def test_the_checks_of_an_audit_are_told_with_their_severities_and_limits() -> None:
     text = DOCUMENTS["data.md"]
     assert {check.strip("`"): severity.split("`")[1] for check, _, severity in rows(text, "check")} == SEVERITIES
-    (block,) = re.findall(r"```yaml\n(data:.*?)```", text, re.DOTALL)
+    corpus, block = re.findall(r"```yaml\n(data:.*?)```", text, re.DOTALL)
+    assert DataConfig(**yaml.safe_load(corpus)["data"]).streaming
     told = yaml.safe_load(block)["data"]["audit"]
     assert AuditConfig(**told).model_dump(exclude={"severity"}) == AuditConfig().model_dump(exclude={"severity"})
     assert told.keys() == AuditConfig.model_fields.keys()

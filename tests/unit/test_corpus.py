@@ -1,5 +1,6 @@
 """Corpora that are streamed: the same tokens, audit and losses as in memory, in bounded memory, and through kills."""
 
+import errno
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from heliostat.data.records import Row
 from heliostat.data.splits import load_splits
 from heliostat.data.streams import Stream
 from heliostat.data.tokens import TokenDataset
-from heliostat.errors import DataError
+from heliostat.errors import DataError, ResourceError
 from heliostat.experiment import ExperimentConfig
 from heliostat.training import trainer, worker
 from tests import tiny
@@ -197,6 +198,23 @@ def test_work_that_was_killed_goes_on(settings: dict[str, Any], tokenizer: Any, 
     assert documents(made.splits["train"]) == documents(expected.splits["train"])
 
 
+def test_a_full_disk_is_told_and_leaves_what_was_made(
+    settings: dict[str, Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus._Writer, "add", full)
+        with pytest.raises(ResourceError, match=r"no room to write .* No space left on device; make room"):
+            run(settings, tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    made = len(list((tmp_path / "cache" / "shards").iterdir()))
+    work = tokenised(monkeypatch)
+    run(settings, tokenizer, tmp_path / "cache")
+    assert len(work) == len(list((tmp_path / "cache" / "shards").iterdir())) - made
+
+
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[pieces.Piece]:
     """The pieces that are tokenised from now on."""
     found: list[pieces.Piece] = []
@@ -220,6 +238,7 @@ def test_files_that_are_added_cost_only_themselves(
     assert len(work) > 5
     work.clear()
     assert run(settings, tokenizer, tmp_path / "cache") == first
+    assert run(settings, tokenizer, tmp_path / "cache", seed=2).splits == first.splits
     # Content counts, not the name; and what is chosen of it costs nothing either.
     settings["train"] = [str((tmp_path / "a.jsonl").rename(tmp_path / "moved.jsonl"))]
     assert run(settings, tokenizer, tmp_path / "cache").splits == first.splits

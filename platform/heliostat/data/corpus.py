@@ -5,6 +5,7 @@ which `TokenDataset` opens. So work that was killed goes on with the next shard,
 themselves.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,9 +29,9 @@ from heliostat.data.config import DataConfig
 from heliostat.data.contents import Contents
 from heliostat.data.pieces import Piece, origin, pieces
 from heliostat.data.shards import Shard, id_type, made
-from heliostat.data.streams import Stream
+from heliostat.data.streams import Share, Stream
 from heliostat.data.tokens import Counts, move
-from heliostat.errors import DataError
+from heliostat.errors import DataError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Corpus:
             name: [[self._content(path) for path in split.files], asdict(split.share), split.limit]
             for name, split in self._splits.items()
         }
-        what = [splits, self._seed, self._config.columns, self._config.text_separator]
+        seed = None if all(split.share == Share() for split in self._splits.values()) else self._seed
+        what = [splits, seed, self._config.columns, self._config.text_separator]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -84,7 +86,7 @@ class Corpus:
         Raises:
             DataError: a file or a row is wrong, or a split has no rows.
             ModelError: the tokenizer is unfit.
-            ResourceError: a process that tokenises was killed.
+            ResourceError: a process that tokenises was killed, or the disk is full.
         """
         with _locked(folder):
             if folder.exists():
@@ -95,6 +97,13 @@ class Corpus:
                 for files in dict.fromkeys(split.files for split in self._splits.values()):
                     self._write(files, tokenizer, temporary, made_by)
                 move(temporary, folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ResourceError(
+                    f"no room to write the tokens of the corpus to {self._cache}: {error.strerror}; make room, and the "
+                    "same command goes on from there"
+                ) from error
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 

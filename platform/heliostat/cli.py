@@ -136,7 +136,7 @@ def _train(options: argparse.Namespace) -> Result:
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in the state folder")
+    parser.add_argument("run", metavar="RUN", help="the run's folder or URI, or its name in the state folder")
     parser.add_argument("--repair", action="store_true", help="set aside checkpoints that are not whole first")
 
 

@@ -7,6 +7,7 @@ HeliostatError            exit code 1: the work failed
 │   │   └── AuditFailed   data that can be read, but should not be trained on
 │   ├── ModelError        a model, tokenizer or bundle that cannot be loaded or must not be trusted
 │   ├── RegistryError     a registered model, version or alias that does not exist
+│   ├── StorageError      a place such as s3://... that cannot be reached, read or written
 │   └── ResourceError     workers, GPUs, ports or disk that are not there
 ├── GateRefused           exit code 3: a promotion gate said no
 ├── TrainingError         exit code 1: a worker or the driver failed while training
@@ -55,6 +56,10 @@ class ModelError(UserError):
 
 class RegistryError(UserError):
     """A registered model, version or alias does not exist."""
+
+
+class StorageError(UserError):
+    """A place such as s3://... cannot be reached, read or written."""
 
 
 class ResourceError(UserError):

@@ -63,7 +63,7 @@ class ExperimentConfig(StrictModel):
     """Name of the run folders, the MLflow experiment and the registered model, unless these are named themselves."""
     seed: int = Field(42, ge=0, lt=2**32)
     storage_path: str | None = None
-    """Folder of the run folders; default: `runs` in the state folder."""
+    """Folder of the run folders, or a URI (s3://...) for trainings; default: `runs` in the state folder."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on with an unfinished run of the same config; never: start a new one; must: fail if there is none."""
     model: ModelConfig

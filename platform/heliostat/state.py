@@ -31,6 +31,11 @@ def token_cache() -> Path:
     return folder() / "tokens"
 
 
+def downloads() -> Path:
+    """Copies of remote files: `$HELIOSTAT_CACHE`, or `downloads` in the state folder."""
+    return Path(os.environ.get("HELIOSTAT_CACHE") or folder() / "downloads").absolute()
+
+
 def converted_models() -> Path:
     """Hugging Face folders made from GGUF files, keyed by content."""
     return folder() / "models"

@@ -18,7 +18,8 @@ MAX_FUNCTION_LINES = 60
 
 # What each part may import beside itself. A part is a package, or a module beside them; `data` stands for `data.config`
 # too. The sections of the configuration, `*/config.py`, are a part of their own, which `experiment` puts together.
-_BASICS = {"heliostat", "errors", "config", "state", "journal", "hosts", "command", "tasks", "machine"}
+_BASICS = {"heliostat", "errors", "config", "state", "journal", "hosts", "command", "tasks", "machine",
+           "storage", "cache"}  # fmt: skip
 _LIBRARY = _BASICS | {"data", "models", "evaluation"}
 ALLOWED = {
     "heliostat": set[str](),
@@ -26,6 +27,8 @@ ALLOWED = {
     "command": set[str](),
     "hosts": {"errors"},
     "state": {"errors"},
+    "storage": {"errors"},
+    "cache": {"errors", "config", "state", "storage"},
     "journal": {"errors"},
     "tasks": set[str](),
     "machine": set[str](),

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -193,3 +194,29 @@ def test_parallel_files_of_other_lengths_are_refused(tmp_path: Path) -> None:
         read(str(tmp_path / "val.{en,de}"))
     with pytest.raises(DataError, match=r"val\.fr: no such file"):
         read(str(tmp_path / "val.{en,fr}"))
+
+
+def test_files_at_uris_are_rows_with_their_uris(tmp_path: Path) -> None:
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    paths = [write_rows(folder / name) for name in ("1.jsonl", "2.csv", "3.parquet")]
+    uris = [f"file://{path}" for path in paths]
+    assert read(uris) == [replace(row, origin=f"file://{row.origin}") for row in read(paths)]
+    assert file_manifest(uris) == [{**entry, "path": f"file://{entry['path']}"} for entry in file_manifest(paths)]
+    assert read(f"file://{folder}/*.jsonl") == read(uris[0])
+    write(folder / "t.en", "a\nb\n")
+    write(folder / "t.de", "c\nd\n")
+    assert [row.fields for row in read(f"file://{folder}/t.{{en,de}}")] == [
+        {"en": "a", "de": "c"},
+        {"en": "b", "de": "d"},
+    ]
+    write(folder / "1.jsonl", '{"a": 1}\n{"a"')
+    with pytest.raises(DataError, match=rf"^{uris[0]}:2: is not valid JSON"):
+        read(uris[0])
+
+
+@pytest.mark.parametrize(("name", "told"), [("nix.jsonl", "no such file"), ("", "is a folder; name its files")])
+def test_uris_of_no_file_are_refused(tmp_path: Path, name: str, told: str) -> None:
+    write_rows(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match=told):
+        read(f"file://{tmp_path}/{name}")

@@ -220,10 +220,10 @@ def new_run() -> str:
 
 
 def write_bundle(folder: Path, **contents: bytes) -> Path:
-    """A bundle as far as its manifest goes; the files are called NAME.bin."""
+    """A bundle as far as its manifest goes; the files are called NAME.safetensors."""
     folder.mkdir()
     for name, content in contents.items():
-        (folder / f"{name}.bin").write_bytes(content)
+        (folder / f"{name}.safetensors").write_bytes(content)
     hashes = {path.name: files.sha256(path) for path in folder.iterdir()}
     (folder / bundles.MANIFEST).write_text(json.dumps({"format_version": 1, "files": hashes}))
     return folder
@@ -257,7 +257,7 @@ def test_shared_files_are_linked_in_a_folder_of_artifacts(tmp_path: Path, name: 
     assert stored(home / "artifacts") - before < 2 * versions.SHARED_BYTES + 10_000
     folders = [Path(versions.resolve(f"models:/{name}/{number}").path) for number in (1, 2, 3)]
     assert [contents(folder) for folder in folders] == [contents(folder) for folder in given]
-    assert len({(folder / "weights.bin").stat().st_ino for folder in folders}) == 1
+    assert len({(folder / "weights.safetensors").stat().st_ino for folder in folders}) == 1
     assert not any(versions.SHARED_TAG in versions.get_version(name, number).tags for number in "123")
     shutil.rmtree(folders[0])
     assert contents(folders[2]) == contents(given[2]), "a complete bundle, whatever becomes of the others"
@@ -272,7 +272,7 @@ def test_shared_files_are_not_sent_to_a_server_again(tmp_path: Path, name: str, 
     assert contents(third) == contents(given[2])
     folders = [Path(versions.resolve(f"models:/{name}/{number}").path) for number in (1, 2, 3)]
     assert [contents(folder) for folder in folders] == [contents(folder) for folder in given]
-    assert len({(folder / "weights.bin").stat().st_ino for folder in folders}) == 1, "downloaded once"
+    assert len({(folder / "weights.safetensors").stat().st_ino for folder in folders}) == 1, "downloaded once"
     assert stored(tmp_path / "downloading") < 2 * versions.SHARED_BYTES + 10_000
     assert sorted(path.name for path in third.parent.iterdir()) == sorted(folder.name for folder in folders)
 

@@ -83,7 +83,7 @@ class TrainSource(StrictModel):
     """One data set of a mixture."""
 
     path: str
-    """A file, a glob, or `hf:NAME[:SPLIT]`."""
+    """A file, a glob, a URI of either, or `hf:NAME[:SPLIT]`."""
     weight: PositiveFloat = 1.0
     """How often each of its rows comes in an epoch: 2 is twice, 0.25 is a quarter of them."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -94,9 +94,9 @@ class DataConfig(StrictModel):
     """Where the rows come from and how they are read."""
 
     train: str | list[str | TrainSource] | None = None
-    """Files, globs, or `hf:NAME[:SPLIT]` of the training rows: .jsonl .json .csv .tsv .parquet .txt, or text files of
-    parallel lines as `train.{en,de}` (columns `en` and `de`); or data sets with weights: [{path: a.jsonl, weight: 2},
-    {path: b.jsonl}]."""
+    """Files, globs, URIs of them (s3://...), or `hf:NAME[:SPLIT]` of the training rows: .jsonl .json .csv .tsv .parquet
+    .txt, or text files of parallel lines as `train.{en,de}` (columns `en` and `de`); or data sets with weights:
+    [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     validation_size: float = Field(0.05, ge=0)

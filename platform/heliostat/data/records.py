@@ -18,8 +18,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from heliostat import cache, storage
 from heliostat.errors import DataError
+from heliostat.storage import RemoteFile
 
+File = Path | RemoteFile
 HUB_PREFIX = "hf:"
 # `train.{en,de}`: files that have a row in common on each line.
 _PARALLEL = re.compile(r"(.*)\{([^{},]+(?:,[^{},]+)+)\}(.*)")
@@ -49,7 +52,7 @@ class Row:
 def read(
     sources: str | Sequence[str], *, column_names: Sequence[str] | None = None, text_separator: str | None = None
 ) -> list[Row]:
-    """Read files, globs (sorted) or `hf:NAME[:SPLIT]` (default split: train), in the order given.
+    """Read files, globs (sorted), URIs of both, or `hf:NAME[:SPLIT]` (default split: train), in the order given.
 
     Supported: .jsonl .json (an array of objects) .csv (RFC 4180 quoting) .tsv (no quoting) .parquet .txt, and text
     files of parallel lines as `train.{en,de}`, whose columns are then `en` and `de`.
@@ -58,14 +61,15 @@ def read(
 
     Raises:
         DataError: a source is missing, empty, of an unknown kind, not UTF-8, or has a malformed row (with its line).
+        StorageError, ResourceError: a remote file cannot be fetched.
     """
     rows: list[Row] = []
     for source in _as_list(sources):
         if source.startswith(HUB_PREFIX):
             rows += _read_hub(source)
             continue
-        if files := parallel_files(source):
-            expand(source)  # tells of one that is not there
+        if names := parallel_files(source):
+            files = {column: file for column, name in names.items() for file in expand(name)}
             rows += _read_parallel(files)
             continue
         for path in expand(source):
@@ -86,22 +90,26 @@ def file_manifest(sources: str | Sequence[str]) -> list[dict[str, Any]]:
 
 
 def local_files(source: str) -> list[Path]:
-    """The files that one source stands for; a hub data set has none.
+    """The files of this machine that one source stands for; a hub data set and a URI have none.
 
     Raises:
-        DataError: as `expand`.
+        As `expand`.
     """
-    return [] if source.startswith(HUB_PREFIX) else expand(source)
+    found = [] if source.startswith(HUB_PREFIX) else expand(source)
+    return [file for file in found if isinstance(file, Path)]
 
 
-def expand(source: str) -> list[Path]:
-    """The files that one path or glob stands for, sorted; of parallel lines, in the order of their columns.
+def expand(source: str) -> list[File]:
+    """The files that one path, glob or URI stands for, sorted; of parallel lines, in the order of their columns.
 
     Raises:
         DataError: there are none, or the source is a folder.
+        StorageError: a remote place cannot be reached.
     """
-    if files := parallel_files(source):
-        return [found for path in files.values() for found in expand(str(path))]
+    if names := parallel_files(source):
+        return [found for name in names.values() for found in expand(name)]
+    if storage.is_remote(source):
+        return _expand_remote(source)
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"{source}: is a folder; name its files, such as {path}/*.jsonl")
@@ -114,16 +122,25 @@ def expand(source: str) -> list[Path]:
     return found
 
 
-def parallel_files(source: str) -> dict[str, Path]:
+def _expand_remote(source: str) -> list[File]:
+    found = storage.find(source)
+    if not found:
+        raise DataError(f"{source}: no such file")
+    if "*" not in source and found[0].uri != source:
+        raise DataError(f"{source}: is a folder; name its files, such as {source.rstrip('/')}/*.jsonl")
+    return list(found)
+
+
+def parallel_files(source: str) -> dict[str, str]:
     """Column -> file, where the source names files of parallel lines (`train.{en,de}`); else empty."""
     match = _PARALLEL.fullmatch(source)
     if match is None:
         return {}
     start, names, end = match.groups()
-    return {name: Path(f"{start}{name}{end}").expanduser() for name in names.split(",")}
+    return {name: f"{start}{name}{end}" for name in names.split(",")}
 
 
-def _read_parallel(files: dict[str, Path]) -> list[Row]:
+def _read_parallel(files: dict[str, File]) -> list[Row]:
     columns = {name: _decode(path).rstrip("\n").split("\n") for name, path in files.items()}
     first, *others = files
     for name in others:
@@ -147,13 +164,13 @@ def _manifest_entries(source: str) -> Iterator[dict[str, Any]]:
     if source.startswith(HUB_PREFIX):
         yield {"path": source, "sha256": None, "bytes": None}
         return
-    for path in local_files(source):
-        with path.open("rb") as file:
+    for found in expand(source):
+        with cache.here(found) as path, path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        yield {"path": str(path), "sha256": digest, "bytes": path.stat().st_size}
+            yield {"path": str(found), "sha256": digest, "bytes": path.stat().st_size}
 
 
-def _read_file(path: Path, column_names: Sequence[str] | None, text_separator: str | None) -> list[Row]:
+def _read_file(path: File, column_names: Sequence[str] | None, text_separator: str | None) -> list[Row]:
     readers: dict[str, Callable[[], list[Row]]] = {
         ".jsonl": lambda: _read_jsonl(path),
         ".json": lambda: _read_json(path),
@@ -167,10 +184,11 @@ def _read_file(path: Path, column_names: Sequence[str] | None, text_separator: s
     return readers[path.suffix.lower()]()
 
 
-def _decode(path: Path) -> str:
+def _decode(path: File) -> str:
     """The file's text, without a byte order mark."""
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        with cache.here(path) as here:
+            data = here.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     text = to_text(data, path)
@@ -179,7 +197,7 @@ def _decode(path: Path) -> str:
     return text
 
 
-def to_text(data: bytes, path: Path, line: int = 1) -> str:
+def to_text(data: bytes, path: File, line: int = 1) -> str:
     """Decode bytes that begin on `line` of a file.
 
     Raises:
@@ -193,13 +211,13 @@ def to_text(data: bytes, path: Path, line: int = 1) -> str:
         raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
 
 
-def _read_jsonl(path: Path) -> list[Row]:
+def _read_jsonl(path: File) -> list[Row]:
     # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
     lines = _decode(path).rstrip().split("\n")
     return [object_row(parse_json(path, line, number), f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def parse_json(path: Path, text: str, line: int = 1, hint: str = "") -> Any:
+def parse_json(path: File, text: str, line: int = 1, hint: str = "") -> Any:
     """Parse JSON that starts on `line` of the file.
 
     Raises:
@@ -223,7 +241,7 @@ def object_row(value: Any, origin: str) -> Row:
     return Row(value, origin)
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: File) -> list[Row]:
     hint = " (a file with one object a line must be named .jsonl)"
     values = parse_json(path, _decode(path), hint=hint)
     if not isinstance(values, list):
@@ -231,7 +249,7 @@ def _read_json(path: Path) -> list[Row]:
     return [object_row(value, f"{path}[{index}]") for index, value in enumerate(values)]
 
 
-def _read_table(path: Path, column_names: Sequence[str] | None, *, delimiter: str, quoted: bool) -> list[Row]:
+def _read_table(path: File, column_names: Sequence[str] | None, *, delimiter: str, quoted: bool) -> list[Row]:
     records = _table_records(path, _decode(path), delimiter, quoted)
     while records and not records[-1][1]:
         records.pop()
@@ -246,7 +264,7 @@ def _read_table(path: Path, column_names: Sequence[str] | None, *, delimiter: st
     return [Row(dict(zip(columns, values, strict=True)), f"{path}:{line}") for line, values in records]
 
 
-def _table_records(path: Path, text: str, delimiter: str, quoted: bool) -> list[tuple[int, list[str]]]:
+def _table_records(path: File, text: str, delimiter: str, quoted: bool) -> list[tuple[int, list[str]]]:
     """(line on which the record starts, its values); a blank line has no values."""
     csv.field_size_limit(FIELD_SIZE_LIMIT)
     reader = csv.reader(
@@ -266,15 +284,16 @@ def _table_records(path: Path, text: str, delimiter: str, quoted: bool) -> list[
     return records
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: File) -> list[Row]:
     try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
+        with cache.here(path) as here:
+            values = pyarrow.parquet.read_table(here).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
     return [Row(value, f"{path}[{index}]") for index, value in enumerate(values)]
 
 
-def _read_text(path: Path, separator: str | None) -> list[Row]:
+def _read_text(path: File, separator: str | None) -> list[Row]:
     text = _decode(path).replace("\r\n", "\n")
     if separator is None:
         return [Row({"text": text}, f"{path}:1")]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from heliostat import cache
 from heliostat.data.config import DataConfig
 from heliostat.data.contents import digest
 from heliostat.data.pieces import Piece, PieceRows, pieces
@@ -132,7 +133,7 @@ def streams(config: DataConfig, seed: int, wanted: Sequence[str]) -> dict[str, S
     for name in wanted:
         sources, share = (given[name], Share()) if name != "train" and given[name] else (train, shares.get(name))
         if sources and share is not None:
-            files = [path for source in sources for path in expand(source)]
+            files = [cache.kept_here(file) for source in sources for file in expand(source)]
             found[name] = Stream(files, config, seed, share, limits[name])
     return found
 

@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from heliostat import state
+from heliostat import state, storage
 from heliostat.errors import ModelError
-from heliostat.models import bundle, files
+from heliostat.models import bundle, files, remote
 from heliostat.tasks import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -108,13 +108,13 @@ class InferenceModel:
 
 
 def resolve(reference: str) -> str:
-    """A folder or hub name that transformers can load: packages are looked up, GGUF files converted (once), bundles
-    verified.
+    """A folder or hub name that transformers can load: URIs are fetched and packages looked up, GGUF files converted
+    (once), bundles verified.
 
     Raises:
         ModelError: it does not exist, or is not to be trusted.
     """
-    place = files.locate(reference)
+    place = remote.fetch(reference) if storage.is_remote(reference) else files.locate(reference)
     if isinstance(place, str):
         return place
     if place.is_file():
@@ -325,8 +325,11 @@ def base_of(folder: Path) -> str:
         ModelError: it cannot be found, or has other weights than those the adapter was trained on.
     """
     manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).exists() else {}
-    base = resolve(adapter_config(folder)["base_model_name_or_path"])
-    digest = (manifest.get("base") or {}).get("sha256")
+    trained_on = manifest.get("base") or {}
+    # The adapter itself names the copy on the machine that trained it.
+    named = str(trained_on.get("reference"))
+    base = resolve(named if storage.is_remote(named) else adapter_config(folder)["base_model_name_or_path"])
+    digest = trained_on.get("sha256")
     if digest and Path(base).is_dir() and files.weights_sha256(Path(base)) != digest:
         raise ModelError(f"{folder}: its base model {base} has other weights than those the adapter was trained on")
     return base

@@ -11,7 +11,6 @@ import glob
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -22,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.time import get_current_time_millis
 from mlflow.utils.uri import append_to_uri_path, is_local_uri
 
-from heliostat import state
+from heliostat import cache, storage
 from heliostat.config import fingerprint
 from heliostat.errors import RegistryError
-from heliostat.models import files
+from heliostat.models import files, remote
 from heliostat.models.bundle import read_manifest
 from heliostat.registry import store
 
@@ -120,17 +119,19 @@ def register(
 
 
 def resolve(reference: str) -> ResolvedModel:
-    """The folder of models:/NAME@ALIAS or models:/NAME/VERSION; any other reference comes back unchanged.
+    """The folder of models:/NAME@ALIAS, models:/NAME/VERSION or a URI; any other reference comes back unchanged.
 
-    Files on this machine's disks are used where they lie; others are downloaded once, whole or not at all, to
-    `downloads/NAME/` in the state folder.
+    Files on this machine's disks are used where they lie; others are downloaded once, whole or not at all; see
+    `heliostat.cache`.
 
     Raises:
         RegistryError: the reference is malformed, its model, alias or version does not exist, or the store failed.
+        ModelError: the bundle is damaged, or there is nothing at the URI.
+        StorageError, ResourceError: it cannot be fetched.
     """
     version = look_up(reference)
     if version is None:
-        return ResolvedModel(reference)
+        return ResolvedModel(str(remote.fetch(reference)) if storage.is_remote(reference) else reference)
     with store.failures(f"{version.uri} cannot be fetched"):
         path = _fetch(version, str(store.client().get_model_version_download_uri(version.name, version.version)))
     return ResolvedModel(str(path), version.name, version.version)
@@ -421,25 +422,29 @@ def _fetch(version: ModelVersion, source: str) -> Path:
         return path
     # The version's number alone is no key: another server, or a model made anew, has a version of that number too.
     key = fingerprint([store.shown(store.connect()), source, version.run_id])[:8]
-    target = state.folder() / "downloads" / version.name / f"{version.version}-{key}"
-    return target if target.is_dir() else _download(version, source, target)
+    # Files are never shared with what the copy holds already, so a version's own size is what it takes.
+    entry = cache.Entry(version.name, f"{version.version}-{key}", _size(source))
+    return cache.keep(entry, lambda folder: _download(version, source, folder))
 
 
-def _download(version: ModelVersion, source: str, target: Path) -> Path:
+def _size(source: str) -> int:
+    """Bytes of all artifacts at and below `source`."""
+    found = list_artifacts(artifact_uri=source, tracking_uri=store.connect())
+    below = [_size(append_to_uri_path(source, Path(each.path).name)) for each in found if each.is_dir]
+    return sum(below, sum(each.file_size or 0 for each in found))
+
+
+def _download(version: ModelVersion, source: str, folder: Path) -> None:
     shared = _shared_paths(version)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         downloaded = Path(download_artifacts(source, dst_path=temporary, tracking_uri=store.connect()))
         if not downloaded.is_dir() or not any(downloaded.iterdir()):
             raise RegistryError(f"{store.shown(source)}: holds no files; register the model again")
-        for path in shared:
-            files.link(path, downloaded / path.name)
-        try:
-            os.replace(downloaded, target)
-        except OSError:
-            if not target.is_dir():  # else another process was quicker, with the same files
-                raise
-    return target
+        for path in downloaded.iterdir():
+            path.rename(folder / path.name)
+    for path in shared:
+        files.link(path, folder / path.name)
+    remote.check(folder, version.uri)
 
 
 def _shared_paths(version: ModelVersion) -> list[Path]:

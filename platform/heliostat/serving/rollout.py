@@ -17,15 +17,16 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from heliostat import __version__
+from heliostat import __version__, storage
 from heliostat.errors import GateRefused, HeliostatError, RegistryError, ResourceError
+from heliostat.models import remote
 from heliostat.registry import versions
 from heliostat.serving import applications, logs
 from heliostat.serving.applications import APPLICATION, DIRECTOR, REPLICA, VERSIONS
@@ -84,10 +85,14 @@ class Target:
 
         Raises:
             RegistryError, ModelError: it does not exist.
+            StorageError: the place of its URI cannot be reached.
         """
         found = versions.look_up(model.model)
         if found is not None:
             name, version, reference = found.name, found.version, found.uri
+        elif storage.is_remote(model.model):
+            remote.find(model.model)
+            version, name, reference = None, PurePosixPath(model.model).name, model.model
         else:
             reference = _resolved(model.model)
             version, name = None, Path(reference).name if Path(reference).is_dir() else reference

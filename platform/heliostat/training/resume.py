@@ -5,23 +5,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from heliostat import experiment, state
+from heliostat import experiment, state, storage
 from heliostat.errors import ConfigError
-from heliostat.training import checkpoint, runs, trainer
+from heliostat.training import checkpoint, mirror, runs, trainer
 from heliostat.training.trainer import TrainResult
 
 
 def resume(reference: str, console: Console, *, repair: bool = False) -> TrainResult:
     """Train an unfinished run to its end, by the configuration in its folder.
 
-    `reference`: a run folder; or its name, or what stands before its number, in the state folder's runs. With `repair`
-    the folder is mended before.
+    `reference`: a run folder or a URI of one; or its name, or what stands before its number, in the state
+    folder's runs. With `repair` the folder is mended before.
 
     Raises:
         ConfigError: there is no such run, it is over, or its configuration cannot be read.
         ResourceError: another process is working on it.
     """
-    folder = find(reference)
+    folder = mirror.fetch_run(reference) if storage.is_remote(reference) else find(reference)
     config = experiment.load(folder / "config.yaml")
     if repair:
         with runs.locked(folder):

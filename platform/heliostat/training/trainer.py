@@ -4,20 +4,22 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from heliostat import config as configuration
-from heliostat import journal, state
+from heliostat import journal, storage
 from heliostat.data import splits
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
-from heliostat.training import auditing, bundling, event_files, group, runs, setup
+from heliostat.training import auditing, bundling, event_files, group, mirror, runs, setup
 from heliostat.training.auditing import Audited
 from heliostat.training.checkpoint_scores import CheckpointScores
+from heliostat.training.mirror import Mirror
 from heliostat.training.runs import Run
 from heliostat.training.setup import Plan, Source
 
@@ -47,16 +49,26 @@ def train(config: ExperimentConfig, console: Console, run: Run | None = None) ->
         TrainingError: the workers failed; the same command goes on from the last checkpoint.
     """
     setup.check(config)
-    storage = Path(config.storage_path) if config.storage_path else state.runs()
-    run = run or runs.open_run(storage.absolute(), config.name, config_hash(config), config.resume)
-    with runs.released(run, journal.NAME):
+    run = run or _open(config)
+    tell = partial(console.print, highlight=False, markup=False)
+    with runs.released(run, journal.NAME), Mirror(run.folder, config.storage_path, tell) as mirrored:
         job = _prepare(config, run, console)
-        console.print(f"{'going on with' if run.resumed else 'run'} {run.folder}", highlight=False)
+        console.print(f"{'going on with' if run.resumed else 'run'} {mirrored.place}", highlight=False)
         console.print(str(job.plan), highlight=False)
         with _tracked(config, job, {}) as tracker:
             _run_workers(config, job, console)
             bundle = bundling.write(config, run.folder, job.source, job.tokens["train"], job.lineage)
-        return _publish(config, job, bundle, tracker.finish())
+        result = _publish(config, job, bundle, tracker.finish(), mirrored.place)
+        mirrored.sync()
+        run.set_status("finished")
+        mirrored.sync()
+    return result
+
+
+def _open(config: ExperimentConfig) -> Run:
+    if config.storage_path and storage.is_remote(config.storage_path):
+        mirror.fetch(config.storage_path, config.name, None if config.resume == "never" else config_hash(config))
+    return runs.open_run(mirror.folder_of(config.storage_path), config.name, config_hash(config), config.resume)
 
 
 def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: int, tags: Mapping[str, str]) -> None:
@@ -151,8 +163,8 @@ def _run_workers(config: ExperimentConfig, job: _Job, console: Console) -> None:
     job.run.set_status("stopped" if job.run.told_to_stop else "trained")
 
 
-def _publish(config: ExperimentConfig, job: _Job, bundle: Path, run_id: str | None) -> TrainResult:
-    """Log what belongs to the finished run and register the bundle."""
+def _publish(config: ExperimentConfig, job: _Job, bundle: Path, run_id: str | None, place: str) -> TrainResult:
+    """Log what belongs to the finished run, which is kept at `place`, and register the bundle."""
     run = job.run
     metrics = bundling.final_metrics(run.folder)
     if run_id is None:
@@ -168,14 +180,14 @@ def _publish(config: ExperimentConfig, job: _Job, bundle: Path, run_id: str | No
     tracking.log_dataset(run_id, job.manifest)
     name = config.registered_model_name if config.registry.register_model else None
     version = versions.register(run_id, bundle, name, _version_tags(config, metrics, job.lineage)) if name else None
-    run.set_status("finished")
+    kept = f"{place}/{bundle.name}"
     return TrainResult(
         run_id=run_id,
-        run_folder=str(run.folder),
-        bundle=str(bundle),
+        run_folder=place,
+        bundle=kept,
         model_name=name,
         version=version.version if version else None,
-        model_uri=version.uri if version else str(bundle),
+        model_uri=version.uri if version else kept,
         metrics=metrics,
     )
 

@@ -15,7 +15,7 @@ import ray
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from rich.console import Console
 
-from heliostat import cluster, state
+from heliostat import cluster
 from heliostat import config as configuration
 from heliostat.config import fingerprint
 from heliostat.errors import HeliostatError
@@ -28,7 +28,7 @@ from heliostat.experiment import ExperimentConfig
 from heliostat.models import bundle
 from heliostat.registry import tracking, versions
 from heliostat.registry.versions import ModelVersion
-from heliostat.training import runs
+from heliostat.training import mirror, runs
 from heliostat.training.runs import Run, write_atomically
 from heliostat.tuning import decoding_plan, decoding_report, search
 from heliostat.tuning.decoding_plan import Plan
@@ -66,10 +66,11 @@ def tune_decoding(config: ExperimentConfig, reference: str | None, console: Cons
         HeliostatError: no setting could be tried.
     """
     reference = reference or f"models:/{config.registered_model_name}@challenger"
+    mirror.refuse(config.storage_path)
     made = decoding_plan.prepare(config, reference)
     for note in made.notes:
         console.print(note, highlight=False, markup=False)
-    storage = Path(config.storage_path).absolute() if config.storage_path else state.runs()
+    storage = mirror.folder_of(config.storage_path)
     run = runs.open_run(storage, f"{config.name}-decoding", fingerprint(config), "never")
     write_atomically(run.folder / "config.yaml", configuration.dump(config))
     parameters = {

@@ -30,7 +30,7 @@ from heliostat.errors import ConfigError, TrainingError
 from heliostat.evaluation.config import LOWER_IS_BETTER, MetricName
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import tracking
-from heliostat.training import runs, setup, trainer
+from heliostat.training import mirror, runs, setup, trainer
 from heliostat.training.config import TrainingConfig
 from heliostat.training.runs import Run
 from heliostat.tuning import search, space, training_report
@@ -66,10 +66,11 @@ def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
     base, metric, mode = _trial_config(config)
     _check_settings(base, searched)
     _check_rows(base)
-    storage = Path(config.storage_path) if config.storage_path else state.runs()
+    mirror.refuse(config.storage_path)
+    storage = mirror.folder_of(config.storage_path)
     with cluster.connected():
         concurrent = _concurrency(base)
-        run = runs.open_run(storage.absolute(), f"{config.name}-tune", _search_hash(config), config.resume)
+        run = runs.open_run(storage, f"{config.name}-tune", _search_hash(config), config.resume)
         with runs.released(run, NOTES):
             console.print(f"{'going on with' if run.resumed else 'search'} {run.folder}", highlight=False)
             plan = _plan(base, metric, run)

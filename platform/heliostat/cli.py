@@ -346,7 +346,9 @@ def _show_keys(result: Result) -> str:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="models:/NAME@ALIAS, a bundle folder, a GGUF file or a hub name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="models:/NAME@ALIAS, a bundle folder or its URI, a GGUF file or a hub name"
+    )
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="decoding settings: max_new_tokens=32 temperature=0.7"
     )

@@ -1,5 +1,6 @@
 """Models at URIs load as those in folders do; damaged ones never become copies."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 
 from heliostat import state
 from heliostat.errors import ModelError
-from heliostat.models import base, bundle, remote
+from heliostat.models import base, bundle, files, remote
 from heliostat.registry import versions
+from heliostat.serving.config import EndpointArgs, ModelArgs
+from heliostat.serving.rollout import Target
 from tests.bundles import write_bundle
 
 
@@ -60,3 +63,21 @@ def test_a_single_file_keeps_its_name(stored: Path) -> None:
 def test_what_is_no_model_is_refused(stored: Path, name: str, told: str) -> None:
     with pytest.raises(ModelError, match=told):
         remote.fetch(f"{stored.parent.as_uri()}/{name}")
+
+
+def test_an_endpoint_leaves_the_copy_to_its_replicas(stored: Path) -> None:
+    uri = stored.as_uri()
+    target = Target.of(ModelArgs(model=uri), EndpointArgs())
+    assert (target.id, target.reference, target.version) == ("bundle", uri, None)
+    assert not state.downloads().exists()
+    with pytest.raises(ModelError, match="no such file or folder"):
+        Target.of(ModelArgs(model=f"{uri}s"), EndpointArgs())
+
+
+def test_an_adapter_finds_its_base_at_the_uri_it_was_trained_on(stored: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/a/copy/that/was/removed"}')
+    known = {"reference": stored.as_uri(), "sha256": files.weights_sha256(stored)}
+    (adapter / bundle.MANIFEST).write_text(json.dumps({"format_version": 1, "files": {}, "base": known}))
+    assert base.base_of(adapter) == str(remote.fetch(stored.as_uri()))

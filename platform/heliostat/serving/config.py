@@ -11,7 +11,7 @@ class ModelArgs(StrictModel):
     """One model of an endpoint that serves several."""
 
     model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, a bundle folder or a hub name. An alias is followed as it moves."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, a bundle folder or its URI, a hub name. An alias is followed."""
     model_id: str | None = Field(None, pattern=r"^[^@\s]{1,200}$")
     """Name of the model in the OpenAI API; default: the registered name, or the folder's."""
 
@@ -49,7 +49,7 @@ class EndpointArgs(StrictModel):
     """What one endpoint runs: the `args:` of a Ray Serve config. Names are Ray Serve's for Ray Serve things."""
 
     model: str | None = None
-    """models:/NAME@ALIAS, models:/NAME/VERSION, a bundle folder or a hub name; default: the config's own champion."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, a bundle folder or its URI, a hub name; default: the champion."""
     model_id: str | None = Field(None, pattern=r"^[^@\s]{1,200}$")
     """Name of the model in the OpenAI API; default: the registered name, or the folder's."""
     models: list[ModelArgs] = Field(default_factory=list)

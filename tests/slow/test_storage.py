@@ -60,7 +60,8 @@ def weights_hash(reference: str) -> str:
 
 def denied(endpoint: str) -> None:
     """From here on the server checks keys, and knows none."""
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", b"0"), timeout=60).close()
+    request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
+    urllib.request.urlopen(request, timeout=60).close()
 
 
 def test_a_run_outlives_its_machine(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def expand(source: str) -> list[File]:
         raise DataError(f"{source}: is a folder; name its files, such as {path}/*.jsonl")
     if path.exists():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    found: list[File] = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
         problem = "matches no file" if glob.has_magic(str(path)) else "no such file"
         raise DataError(f"{source}: {problem} (looked in {Path.cwd()})")

@@ -115,11 +115,11 @@ def expand(source: str) -> list[File]:
         raise DataError(f"{source}: is a folder; name its files, such as {path}/*.jsonl")
     if path.exists():
         return [path]
-    found: list[File] = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
         problem = "matches no file" if glob.has_magic(str(path)) else "no such file"
         raise DataError(f"{source}: {problem} (looked in {Path.cwd()})")
-    return found
+    return list(found)
 
 
 def _expand_remote(source: str) -> list[File]:

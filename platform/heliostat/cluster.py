@@ -3,8 +3,9 @@
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def connected(address: str | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
-def require(resources: dict[str, float], count: int, key: str) -> None:
-    """Refuse what the cluster can never give: `count` workers with `resources` each.
+def require(resources: Mapping[str, float], count: int, key: str, per_node: int | None = None) -> None:
+    """Refuse what the cluster can never give: `count` workers with `resources` each, at most `per_node` on one node.
 
     Raises:
         ResourceError: naming the key to change, what is asked for and what is there.
@@ -83,6 +84,35 @@ def require(resources: dict[str, float], count: int, key: str) -> None:
                 f"{key}={count} needs {amount * count:g} {name}, but the cluster has {total.get(name, 0):g}; "
                 f"lower {key}, or join a larger cluster with RAY_ADDRESS"
             )
+    found = room(resources, per_node)
+    if count > found:
+        each = f" with {shown(resources)} each" if resources else ""
+        most = f", at most {per_node} on a node" if per_node else ""
+        raise ResourceError(
+            f"{key}={count}: the cluster's nodes have room for {found:g}{each}{most}; lower {key} or what each needs, "
+            "or join a larger cluster with RAY_ADDRESS"
+        )
+
+
+def room(resources: Mapping[str, float], per_node: int | None = None) -> float:
+    """How many workers with `resources` each the nodes have room for, were they idle."""
+    import ray
+
+    return places([node["Resources"] for node in ray.nodes() if node["Alive"]], resources, per_node)
+
+
+def places(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], per_node: int | None = None) -> float:
+    """How many workers with `resources` each fit on the nodes: each is on one, at most `per_node` on it."""
+    most = [float(per_node)] if per_node else []
+    wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    # What floating point makes of 0.3 / 0.1 is three places too.
+    fits = [[math.floor(node.get(name, 0) / amount + 1e-6) for name, amount in wanted.items()] for node in nodes]
+    return sum(min([*each, *most], default=math.inf) for each in fits)
+
+
+def shown(resources: Mapping[str, float]) -> str:
+    """Resources in words."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:

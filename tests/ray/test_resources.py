@@ -17,6 +17,7 @@ import yaml
 from heliostat import cli, state
 from tests import tiny
 from tests.bundles import write_bundle
+from tests.ports import free_port
 
 RAY_PROCESSES = {"raylet", "gcs_server"}
 
@@ -71,6 +72,15 @@ def taken_port() -> Iterator[int]:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         yield int(listening.getsockname()[1])
+
+
+def test_more_gateways_than_nodes_for_them(
+    ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = write_bundle(tmp_path / "bundle")
+    settings = [f"serving.port={free_port()}", "serving.gateways=2", "serving.max_replicas_per_node=1"]
+    message = refused(["serve", str(made), *settings], capsys)
+    assert message.startswith("serving.gateways=2: the cluster's nodes have room for 1, at most 1 on a node; lower")
 
 
 def test_a_port_that_is_taken(

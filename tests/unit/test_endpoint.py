@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from heliostat.errors import ConfigError
-from heliostat.serving import replica
+from heliostat.serving import gateway, replica
 from heliostat.serving.config import AutoscalingArgs, EndpointArgs
 from heliostat.serving.endpoint import application, build
 
@@ -44,6 +44,12 @@ def test_a_version_that_may_scale_to_none_is_loaded_once(least: int, first: int)
     """Else nothing would tell that it cannot be loaded."""
     scaling = AutoscalingArgs(min_replicas=least, max_replicas=2)
     assert replica._scaling(scaling) == {**scaling.model_dump(), "initial_replicas": first}
+
+
+def test_each_on_a_node_of_its_own_holds_for_replicas_and_gateways() -> None:
+    args = EndpointArgs(model="m", num_replicas=2, gateways=3, max_replicas_per_node=1)
+    made = replica.application("m", "m", "1", args, {})._bound_deployment
+    assert [each._replica_config.max_replicas_per_node for each in (made, gateway.deployment(args))] == [1, 1]
 
 
 def test_a_queue_that_ray_serve_does_not_take_is_refused() -> None:

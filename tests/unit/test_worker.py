@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from heliostat.data.config import DataConfig
 from heliostat.data.records import Row
 from heliostat.data.tokens import encode
+from heliostat.errors import ResourceError
 from heliostat.models import base
 from heliostat.models.config import AdapterConfig
 from heliostat.training import engine
@@ -217,6 +218,11 @@ def test_early_stopping_keeps_the_best_weights(folder: Path, tmp_path: Path) -> 
     assert losses.index(min(losses)) == progress.best_step - 1
     evaluated = reloaded_validation_loss(folder, tmp_path / "run")
     assert evaluated == pytest.approx(progress.best_loss, rel=1e-5)
+
+
+def test_a_machine_without_the_shared_folders_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"worker 0 on .* has no .*/elsewhere/train: .* all machines share"):
+        train(tmp_path / "elsewhere", tmp_path / "run")
 
 
 def test_only_the_newest_checkpoints_are_kept(folder: Path, tmp_path: Path) -> None:

@@ -51,14 +51,19 @@ def running(prefix: str = "") -> Mapping[str, ApplicationStatusOverview]:
 
 
 def healthy(application: ApplicationStatusOverview | None) -> bool:
-    """Whether each deployment has a running replica, or is scaled to none, or on its way there or back."""
-    if application is None or application.status != ApplicationStatus.RUNNING:
+    """Whether each deployment has a running replica, or is scaled to none, or on its way there or back.
+
+    Serve calls one unhealthy that has lost a replica of several, until there is room for another.
+    """
+    if application is None or application.status not in (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY):
         return False
     return all(_works(deployment) for deployment in application.deployments.values())
 
 
 def _works(deployment: DeploymentStatusOverview) -> bool:
     states = deployment.replica_states
+    if deployment.status == DeploymentStatus.UNHEALTHY:
+        return bool(states.get(ReplicaState.RUNNING))
     scales = deployment.status in (DeploymentStatus.UPSCALING, DeploymentStatus.DOWNSCALING)
     return scales or states.get(ReplicaState.RUNNING, 0) > 0 or set(states) <= {ReplicaState.STOPPING}
 

@@ -65,6 +65,9 @@ class EndpointArgs(StrictModel):
 
     num_replicas: PositiveInt = 1
     """Replicas of each model; `autoscaling` replaces it."""
+    max_replicas_per_node: PositiveInt | None = None
+    """Replicas of one version, and gateways, that one node may have; default: any number. 1: each on a node of its own,
+    and what has no node of its own waits for one."""
     autoscaling: AutoscalingArgs | None = None
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for one replica."""
@@ -108,6 +111,8 @@ class EndpointArgs(StrictModel):
 
     @model_validator(mode="after")
     def _settings_of_the_engine(self) -> Self:
+        if self.engine == "vllm" and self.max_replicas_per_node:
+            raise ValueError("`max_replicas_per_node` is of `engine: transformers`; vLLM's are placed by GPUs")
         if self.engine == "transformers" and self.engine_kwargs:
             raise ValueError("`engine_kwargs` are vLLM's; they need `engine: vllm`")
         for name in ("max_batch_tokens", "cache_tokens"):

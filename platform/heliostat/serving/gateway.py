@@ -105,6 +105,7 @@ def deployment(args: EndpointArgs) -> Any:
         Gateway,
         name="Gateway",
         num_replicas=args.gateways,
+        max_replicas_per_node=args.max_replicas_per_node,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_CONNECTIONS,
         max_constructor_retry_count=1,

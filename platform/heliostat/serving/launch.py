@@ -54,7 +54,7 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
     """
     bind.check_bind(config.host, config.api_keys, config.insecure)
     hosts.check_port(config.host, config.port, "serving.port=")
-    cluster.require({"CPU": config.num_cpus, "GPU": config.num_gpus}, _replicas(config), "serving.num_replicas")
+    _check_room(config)
     values = {key: value for key, value in config.model_dump().items() if key in EndpointArgs.model_fields}
     args = EndpointArgs(**(values | {"model": reference, "model_id": model_id or config.model_id}))
     vllm.check(args)
@@ -75,10 +75,14 @@ def start(config: ServingConfig, reference: str, *, model_id: str | None = None)
     return Endpoint(f"{origin}/v1", names[0])
 
 
-def _replicas(config: ServingConfig) -> int:
-    """Replicas that must find room at the start."""
+def _check_room(config: ServingConfig) -> None:
+    """Refuse replicas and gateways that would wait for ever."""
     each = config.autoscaling.min_replicas if config.autoscaling else config.num_replicas
-    return each * (1 + len(config.models))
+    models, most = 1 + len(config.models), config.max_replicas_per_node
+    resources = {"CPU": config.num_cpus, "GPU": config.num_gpus}
+    cluster.require(resources, each * models, "serving.num_replicas", most and most * models)
+    if most:
+        cluster.require({}, config.gateways, "serving.gateways", most)
 
 
 def _http_options(config: ServingConfig) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def application(
         name=REPLICA,
         num_replicas=None if args.autoscaling else args.num_replicas,
         autoscaling_config=_scaling(args.autoscaling) if args.autoscaling else None,
+        max_replicas_per_node=args.max_replicas_per_node,
         **_resources(args, environment),
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,

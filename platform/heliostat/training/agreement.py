@@ -1,4 +1,4 @@
-"""What the workers of a group do alike: go on from the same checkpoint, and fail when one of them cannot write.
+"""What the workers of a group do alike: go on from the same checkpoint, and fail when one of them cannot read or write.
 
 Knows torch's process group, and of checkpoints only whether they are whole. All workers must call each function.
 """
@@ -6,7 +6,8 @@ Knows torch's process group, and of checkpoints only whether they are whole. All
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ from heliostat.training import checkpoint
 from heliostat.training.checkpoint import Checkpoint
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def all_have(folders: Iterable[Path]) -> None:
+    """Nobody starts unless all see the folders.
+
+    Raises:
+        ResourceError: one is not on the machine of some worker.
+    """
+    missing = next((str(folder) for folder in folders if not folder.is_dir()), None)
+    for rank, (host, name) in enumerate(_gather((socket.gethostname(), missing))):
+        if name is not None:
+            raise ResourceError(
+                f"worker {rank} on {host} has no {name}: storage_path and HELIOSTAT_HOME must be folders that all "
+                "machines share"
+            )
 
 
 def newest_whole(root: Path, tell: Callable[[str], object]) -> Checkpoint | None:

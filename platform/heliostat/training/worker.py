@@ -105,6 +105,8 @@ class Worker:
         self.session = session
         self.training = spec.training
         self.trained_only = spec.adapter.keeps_base
+        tokens = [spec.train_tokens, *([spec.validation_tokens] if spec.validation_tokens else [])]
+        agreement.all_have(Path(folder) for folder in (spec.run_folder, *tokens))
         self.train_rows = self._open(spec.train_tokens)
         self.validation_rows = self._open(spec.validation_tokens) if spec.validation_tokens else None
         self.objective = objectives.build(

@@ -16,6 +16,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from heliostat import cluster
 from heliostat.errors import ResourceError
 from heliostat.tuning.reports import ERROR, FINISHED
 from heliostat.tuning.searcher import PointSearcher
@@ -59,8 +60,8 @@ def scheduler(kind: str, *, time_attr: str, max_t: float, grace_period: float, r
     return FIFOScheduler()
 
 
-def concurrency(resources: Mapping[str, float], wanted: int | None, key: str) -> int:
-    """How many trials that need `resources` fit into what is free now, at most `wanted`.
+def concurrency(resources: Mapping[str, float], wanted: int | None, key: str, workers: int = 1) -> int:
+    """How many trials fit into what is free now, at most `wanted`; each has `workers` that need `resources`.
 
     Trials beyond that would hold a part of what another needs, and wait for each other for ever.
 
@@ -68,13 +69,14 @@ def concurrency(resources: Mapping[str, float], wanted: int | None, key: str) ->
         ResourceError: not one fits; told is what is free.
     """
     free = ray.available_resources()
-    fits = min((int(free.get(name, 0) / amount) for name, amount in resources.items() if amount > 0), default=1)
+    trial = {name: amount * workers for name, amount in resources.items() if amount > 0}
+    fits = min((int(free.get(name, 0) / amount) for name, amount in trial.items()), default=1)
+    fits = int(min(fits, cluster.room(resources) / workers))
     if fits < 1:
-        needed = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-        there = ", ".join(f"{free.get(name, 0):g} {name}" for name in resources)
+        there = ", ".join(f"{free.get(name, 0):g} {name}" for name in trial)
         raise ResourceError(
-            f"{key}: one trial needs {needed}, but only {there} is free; lower what a trial needs, or join a larger "
-            "cluster with RAY_ADDRESS"
+            f"{key}: one trial needs {cluster.shown(trial)}, but only {there} is free, or no node has room for a "
+            "worker of it; lower what a trial needs, or join a larger cluster with RAY_ADDRESS"
         )
     return min(fits, wanted or fits)
 

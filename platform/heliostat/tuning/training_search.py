@@ -161,9 +161,9 @@ def _search_hash(config: ExperimentConfig) -> str:
 
 def _concurrency(config: ExperimentConfig) -> int:
     workers = max(1, config.training.max_workers)
-    needed = {name: amount * workers for name, amount in config.training.ray_resources().items()}
     wanted = config.tune_training.max_concurrent_trials
-    return search.concurrency(needed, wanted, f"{WHERE}: training.num_workers={workers}")
+    key = f"{WHERE}: training.num_workers={workers}"
+    return search.concurrency(config.training.ray_resources(), wanted, key, workers)
 
 
 def _plan(base: ExperimentConfig, metric: str, run: Run) -> TrialPlan:

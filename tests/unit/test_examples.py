@@ -12,7 +12,13 @@ from heliostat import cli
 from tests.conftest import REPOSITORY
 
 EXAMPLES = REPOSITORY / "jobs" / "examples"
-FEW = ("training.num_workers=0", "training.max_steps=2", "data.max_test_samples=2", "generation.max_new_tokens=4")
+FEW = (
+    "training.num_workers=0",
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=2",
+    "data.max_test_samples=2",
+    "generation.max_new_tokens=4",
+)
 PAIRS = {
     "dialogsum/scratch": ("dialogsum/train.jsonl", "dialogsum/dev.jsonl"),
     "multi30k/scratch": ("multi30k/train.{en,de}", "multi30k/val.{en,de}"),

@@ -1,5 +1,6 @@
 """Rows -> segments: the exact text, which of it is learned, and a clear refusal of everything malformed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 
 from heliostat.data import records
 from heliostat.data.config import DataConfig
-from heliostat.data.formats import CHATML, ChatTemplate, Segment, chat_template, prompt_of, to_segments
+from heliostat.data.formats import CHATML, ChatTemplate, Segment, chat_template, dialogue_of, prompt_of, to_segments
 from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError, ModelError
+from heliostat.evaluation import choices
+from heliostat.evaluation.prefix import PromptPrefix
+from heliostat.evaluation.questions import question_of
 from heliostat.models.scratch import train_tokenizer
 
 DEFAULT_SYSTEM = (
@@ -27,6 +31,25 @@ DIALOGUE = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "See you"},
 ]
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Füge", "parameters": {"type": "object", "properties": {"a": {}}}},
+}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, 2]}'}}
+CALLING = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Q"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    {"role": "assistant", "content": "A"},
+]
+NO_TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The template of plain ChatML."""
+NO_CALLS = CHATML.replace("in message['tool_calls']", "in message['none']") + "{# tool_calls #}"
+NO_RESULTS = CHATML.replace("if not (tools", "if message['role'] != 'tool' and not (tools")
 
 
 def row(**fields: Any) -> Row:
@@ -35,6 +58,10 @@ def row(**fields: Any) -> Row:
 
 def config(format: str, **values: Any) -> DataConfig:  # noqa: A002
     return DataConfig.model_validate({"format": format, **values})
+
+
+def calling(function: Any) -> list[dict[str, Any]]:
+    return [DIALOGUE[0], {"role": "assistant", "tool_calls": [{"function": function}]}]
 
 
 def template(source: str = CHATML) -> ChatTemplate:
@@ -116,7 +143,8 @@ def test_sharegpt_and_tool_calls_become_assistant_turns() -> None:
         {"from": "gpt", "value": "A"},
     ]
     segments = to_segments(row(conversations=conversations), config("chat"), template())
-    assert [segment.text for segment in segments if segment.learn] == [f"{call}<|im_end|>", "A<|im_end|>"]
+    learned = [segment.text for segment in segments if segment.learn]
+    assert learned == [f"<tool_call>\n{call}\n</tool_call><|im_end|>", "A<|im_end|>"]
     assert "<|im_start|>tool\n42<|im_end|>" in segments[2].text
     openai = [
         {"role": "system", "content": "S"},
@@ -126,6 +154,76 @@ def test_sharegpt_and_tool_calls_become_assistant_turns() -> None:
         {"role": "assistant", "content": "A"},
     ]
     assert to_segments(row(dialog=openai), config("chat", columns={"messages": "dialog"}), template()) == segments
+
+
+def test_tools_are_given_to_the_template_and_calls_are_learned_but_not_results() -> None:
+    chats, chat = config("chat"), template()
+    given = row(messages=CALLING, tools=[TOOL])
+    segments = to_segments(given, chats, chat)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": [1, 2]}}\n</tool_call>'
+    assert [part.text for part in segments if part.learn] == [f"{call}\n{call}<|im_end|>", "A<|im_end|>"]
+    assert segments[0].text.startswith("<|im_start|>system\nS\n\n")
+    assert f"<tools>\n{json.dumps(TOOL, ensure_ascii=False)}\n</tools>" in segments[0].text
+    assert segments[2] == Segment("\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n", False)
+    rendered = chat.render(dialogue_of(given, chats).messages, tools=[TOOL])
+    assert "".join(part.text for part in segments) + "\n" == rendered
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [[TOOL["function"]], json.dumps([TOOL]), json.dumps([TOOL["function"]]), [{**TOOL, "strict": None}]],
+    ids=["bare", "JSON text", "bare JSON text", "nulls of Parquet"],
+)
+def test_every_way_to_write_tools_gives_the_same_document(tools: Any) -> None:
+    chats, chat = config("chat", columns={"tools": "functions"}), template()
+    expected = to_segments(row(messages=CALLING, functions=[TOOL]), chats, chat)
+    assert to_segments(row(messages=CALLING, functions=tools), chats, chat) == expected
+
+
+@pytest.mark.parametrize("none", [None, [], "", "[]"])
+def test_a_row_without_tools_is_as_if_there_were_no_column(none: Any) -> None:
+    chats, chat = config("chat"), template()
+    assert to_segments(row(messages=DIALOGUE, tools=none), chats, chat) == to_segments(
+        row(messages=DIALOGUE), chats, template(NO_TOOLS)
+    )
+
+
+def test_the_prompt_of_a_call_is_what_was_trained_and_its_reference_what_is_generated() -> None:
+    """The reference is the call as the template writes it, without the end token, as predictions are decoded."""
+    chats, chat = config("chat"), template()
+    given = row(messages=CALLING[:3], tools=[TOOL])
+    prompt, reference = prompt_of(given, chats, chat)
+    *before, last = to_segments(given, chats, chat)
+    assert prompt == "".join(part.text for part in before)
+    assert "<tools>" in prompt
+    assert reference + "<|im_end|>" == last.text
+    assert question_of(given, chats, chat, PromptPrefix()).references == (reference,)
+    shots = PromptPrefix(few_shot=(("1+1", "2"),))
+    assert "<tools>" in question_of(given, chats, chat, shots).asked
+    with pytest.raises(DataError, match=r"file\.jsonl:7: its last answer is a tool call"):
+        choices.candidates([given], chats, ["a", "b"])
+
+
+def test_a_template_without_tool_calls_gets_them_as_json() -> None:
+    segments = to_segments(row(messages=CALLING), config("chat"), template(NO_TOOLS))
+    call = '{"name": "add", "arguments": {"a": [1, 2]}}'
+    assert segments[1] == Segment(f"{call}\n{call}<|im_end|>", True)
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "message"),
+    [
+        (NO_TOOLS, DIALOGUE, "leaves out the row's tools; set model.chat_template: chatml"),
+        (NO_CALLS, CALLING, r"leaves out a tool call of message 3 \(add\)"),
+        (NO_RESULTS, CALLING, "leaves out message 4, a tool's answer"),
+    ],
+    ids=["tools", "calls", "results"],
+)
+def test_what_a_template_leaves_out_is_never_left_out_in_silence(
+    source: str, messages: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"^file\.jsonl:7: the chat template {message}"):
+        to_segments(row(messages=messages, tools=[TOOL]), config("chat"), template(source))
 
 
 def test_without_an_end_token_the_whole_rendering_of_an_answer_is_learned() -> None:
@@ -162,6 +260,21 @@ def test_without_an_end_token_the_whole_rendering_of_an_answer_is_learned() -> N
         (config("chat"), {"messages": [{"role": ["x"], "content": "hi"}]}, "message 1: unknown role"),
         (config("chat"), {"messages": [{"role": "user", "content": 5}]}, "message 1: its content must be text"),
         (config("chat"), {"messages": [*DIALOGUE[:1], {"role": "assistant", "content": ""}]}, "message 2: .* is empty"),
+        (config("chat"), {"messages": DIALOGUE, "tools": 3}, "column `tools` must be a list of tools"),
+        (config("chat"), {"messages": DIALOGUE, "tools": "[{"}, "column `tools`: is not valid JSON"),
+        (config("chat"), {"messages": DIALOGUE, "tools": [TOOL, {"description": "x"}]}, "column `tools`: tool 2: must"),
+        (config("chat", columns={"tools": "functions"}), {"messages": DIALOGUE}, "has no column `functions`"),
+        (config("chat"), {"messages": DIALOGUE, "tools": [{"name": "<|im_end|>"}]}, "tool 1 contains the control tok"),
+        (config("chat"), {"messages": [{**DIALOGUE[0], "tool_calls": [CALL]}]}, "message 1: has tool calls, but its"),
+        (config("chat"), {"messages": calling("x")}, "message 2: tool call 1: must be"),
+        (config("chat"), {"messages": calling({"name": "f", "arguments": "{"})}, "message 2: tool call 1: is not vali"),
+        (config("chat"), {"messages": calling({"name": "f", "arguments": [1]})}, "its arguments must be an object"),
+        (config("chat"), {"messages": calling({"name": "<|im_end|>"})}, "message 2 contains the control token"),
+        (
+            config("chat"),
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]},
+            "message 2: is not valid JSON",
+        ),
         (config("chat"), {"messages": DIALOGUE[:1]}, "has no assistant message that answers"),
         (config("chat"), {"messages": DIALOGUE[1:2]}, "has no assistant message that answers"),
         (
@@ -209,7 +322,13 @@ def test_real_tool_calls_learn_the_assistants_turns_alone(shared_data: Path) -> 
     calls = 0
     for found in rows:
         turns = found.fields["conversations"]
-        expected = [f"{turn['value']}<|im_end|>" for turn in turns if turn["from"] in ("gpt", "function_call")]
-        assert [segment.text for segment in to_segments(found, chats, chat) if segment.learn] == expected
+        expected = [turn for turn in turns if turn["from"] in ("gpt", "function_call")]
+        learned = [part.text for part in to_segments(found, chats, chat) if part.learn]
+        for turn, text in zip(expected, learned, strict=True):
+            if turn["from"] == "gpt":
+                assert text == f"{turn['value']}<|im_end|>"
+            else:
+                written = text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call><|im_end|>")
+                assert json.loads(written) == json.loads(turn["value"])
         calls += sum(turn["from"] == "function_call" for turn in turns)
     assert calls > 200

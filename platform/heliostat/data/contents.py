@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from heliostat.data.config import DataConfig
-from heliostat.data.formats import field_text, label_of, parse_messages, reference_of, to_segments
+from heliostat.data.dialogue import as_text
+from heliostat.data.formats import dialogue_of, field_text, label_of, reference_of, to_segments
 from heliostat.data.records import Row
 
 # Completions are labels if they are this few and this short, and each occurs this often on average.
@@ -60,13 +61,15 @@ def digest(row: Row, config: DataConfig) -> int:
 
 def _text(row: Row, config: DataConfig) -> str:
     if config.format == "chat":
-        return "\n".join(f"{message['role']}: {message['content']}" for message in parse_messages(row, config))
+        dialogue = dialogue_of(row, config)
+        said = (f"{message['role']}: {as_text(message)}" for message in dialogue.messages)
+        return "\n".join([str(dialogue.tools or ""), *said])
     return "\n".join(segment.text for segment in to_segments(row, config, None))
 
 
 def _is_blank(row: Row, config: DataConfig) -> bool:
     if config.format == "chat":
-        return not all(message["content"].strip() for message in parse_messages(row, config))
+        return not all(as_text(message).strip() for message in dialogue_of(row, config).messages)
     return not all(field_text(row, config, field).strip() for field in _prompt_fields(config))
 
 

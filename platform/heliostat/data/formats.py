@@ -5,7 +5,6 @@ The last segment of every document is what the model is to write (the completion
 prompt. Training, evaluation and generation all build the prompt here, so they see the same text.
 """
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,32 @@ from typing import Any
 import jinja2
 
 from heliostat.data.config import DataConfig
+from heliostat.data.dialogue import Dialogue, Message, Tool, as_text, parse_messages, parse_tools
 from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError, ModelError
 
 CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ 'You can call these functions:\n<tools>\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '</tools>\nTo call one, write a JSON object of its name and arguments in <tool_call></tool_call>.' }}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<tool_call>\n' + call['function'] | tojson + '\n</tool_call>' }}"
     "{% endfor %}"
+    "{{ '<|im_end|>' + '\n' }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""The ChatML template (https://huggingface.co/docs/transformers/chat_templating), without a default system prompt."""
+"""The ChatML template (https://huggingface.co/docs/transformers/chat_templating), without a default system prompt.
+
+Tools and calls have the tags of Hermes (https://github.com/NousResearch/Hermes-Function-Calling), which many servers
+parse.
+"""
 
 # The prompts of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca#data-release).
 ALPACA_WITH_INPUT = (
@@ -39,20 +54,6 @@ ALPACA_WITHOUT_INPUT = (
 
 CLOZE_PROMPT = "{passage}\n\n{query}\n\n@placeholder:"
 """In no language: what stands for the gap is named, and then said."""
-
-OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,37 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise ModelError("the tokenizer has no chat template; set model.chat_template: chatml (or a Jinja file)")
         self._tokenizer = tokenizer
-        source = tokenizer.get_chat_template()
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        # A model may have another template for dialogues with tools.
+        source = tokenizer.get_chat_template() + tokenizer.get_chat_template(tools=[])
+        self.special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         ends = {tokenizer.bos_token, tokenizer.eos_token}
-        self.control_tokens = tuple(token for token in special if token in source or token in ends)
+        self.control_tokens = tuple(token for token in self.special_tokens if token in source or token in ends)
         """The special tokens by which the template marks turns."""
+        self._writes_calls = "tool_calls" in source
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, generation_prompt: bool = False
+    ) -> str:
         """The dialogue as text; with `generation_prompt`, up to where the assistant's next turn begins.
+
+        For a template that knows no tool calls they are JSON in the message's content.
 
         Raises:
             DataError: the template refuses the messages (a role it does not know, an order it does not allow).
         """
+        known = messages if self._writes_calls else [_with_calls_in_content(message) for message in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                list(known), tools=tools, tokenize=False, add_generation_prompt=generation_prompt
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"the chat template refuses the messages: {error}") from error
         return text
+
+
+def _with_calls_in_content(message: Message) -> Message:
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": as_text(message)}
 
 
 def chat_template(tokenizer: Any, config: DataConfig) -> ChatTemplate | None:
@@ -139,7 +152,7 @@ def prompt_of(row: Row, config: DataConfig, chat: ChatTemplate | None) -> tuple[
         *prompt, completion = to_segments(row, config, chat)
         return "".join(segment.text for segment in prompt), completion.text
     segments = _chat_segments(row, config, chat)
-    return "".join(segment.text for segment in segments[:-1]), reference_of(row, config)
+    return "".join(segment.text for segment in segments[:-1]), reference_of(row, config, chat)
 
 
 def label_of(row: Row, config: DataConfig) -> str:
@@ -173,27 +186,48 @@ def label_names(rows: Sequence[Row], config: DataConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
-def reference_of(row: Row, config: DataConfig) -> str:
-    """The reference completion of `prompt_of`, for which no chat template is needed.
+def reference_of(row: Row, config: DataConfig, chat: ChatTemplate | None = None) -> str:
+    """The reference completion of `prompt_of`.
+
+    A tool call is written as the chat template writes it, special tokens aside, as predictions are; without the
+    template, as JSON.
 
     Raises:
-        DataError: as `to_segments`.
+        DataError, ModelError: as `to_segments`.
     """
     if config.format != "chat":
         return prompt_of(row, config, None)[1]
-    messages = parse_messages(row, config)
-    return str(messages[last_answer(messages)]["content"])
+    dialogue = dialogue_of(row, config)
+    answer = dialogue.messages[dialogue.last_answer]
+    if chat is None or "tool_calls" not in answer:
+        return as_text(answer)
+    text = _chat_segments(row, config, chat)[-1].text
+    for token in chat.special_tokens:
+        text = text.replace(token, "")
+    return text.strip()
 
 
-def references_of(row: Row, config: DataConfig) -> tuple[str, ...]:
+def calls_tools(row: Row, config: DataConfig) -> bool:
+    """Whether the last answer of the row is, or has, a tool call.
+
+    Raises:
+        DataError: as `dialogue_of`.
+    """
+    if config.format != "chat":
+        return False
+    dialogue = dialogue_of(row, config)
+    return "tool_calls" in dialogue.messages[dialogue.last_answer]
+
+
+def references_of(row: Row, config: DataConfig, chat: ChatTemplate | None = None) -> tuple[str, ...]:
     """All right completions, that of `reference_of` first: several in `format: cloze`.
 
     Raises:
-        DataError: as `to_segments`.
+        DataError, ModelError: as `to_segments`.
     """
     if config.format == "cloze":
         return tuple(f" {answer}" for answer in row.fields["answers"])
-    return (reference_of(row, config),)
+    return (reference_of(row, config, chat),)
 
 
 def candidates_of(row: Row, config: DataConfig) -> tuple[str, ...] | None:
@@ -276,102 +310,79 @@ def _from_template(row: Row, config: DataConfig, field: str, key: str, template:
         raise ConfigError(f"data.{key}: {error}; write {{column}} for a column, {{{{ and }}}} for braces") from error
 
 
-def parse_messages(row: Row, config: DataConfig) -> list[Message]:
-    """The dialogue of a row as role/content messages.
-
-    Reads OpenAI `messages` (role, content) and ShareGPT `conversations` (from, value), where a function call is an
-    assistant turn whose content is the call's JSON.
+def dialogue_of(row: Row, config: DataConfig) -> Dialogue:
+    """The messages and tools of a row of `format: chat`; the fields are `messages` or `conversations`, and `tools`.
 
     Raises:
-        DataError: the column is missing, not a list, or a message is malformed.
+        DataError: the messages' column is missing, or one of the two is malformed.
     """
     field = "messages"
     if config.columns.get(field, field) not in row.fields and "conversations" in row.fields:
         field = "conversations"
-    messages = _value(row, config, field)
-    # Parquet and hub data may hold arrays that are sequences but not lists.
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"{row.origin}: column `{config.columns.get(field, field)}` must be a list of messages")
-    return [_parse_message(message, f"{row.origin}: message {number}") for number, message in enumerate(messages, 1)]
-
-
-def _parse_message(message: Any, place: str) -> Message:
-    if not isinstance(message, dict):
-        raise DataError(f"{place}: must be an object with `role` and `content`, found a {type(message).__name__}")
-    if "role" in message:
-        role, content, known = message["role"], message.get("content"), dict.fromkeys(OPENAI_ROLES)
-    elif "from" in message:
-        role, content, known = message["from"], message.get("value"), dict.fromkeys(SHAREGPT_ROLES)
-    else:
-        raise DataError(
-            f"{place}: has neither `role` and `content` nor `from` and `value` (found: {', '.join(message)})"
-        )
-    if not isinstance(role, str) or role not in known:
-        raise DataError(f"{place}: unknown role `{role}`; known: {', '.join(known)}")
-    if content is None and isinstance(message.get("tool_calls"), list):
-        content = "\n".join(_tool_call(call) for call in message["tool_calls"])
-    if not isinstance(content, str):
-        raise DataError(f"{place}: its content must be text, found a {type(content).__name__}")
-    role = SHAREGPT_ROLES.get(role, role)
-    if role == "assistant" and not content.strip():
-        raise DataError(f"{place}: the assistant's message is empty; there is nothing to learn from")
-    return {"role": role, "content": content}
-
-
-def _tool_call(call: Any) -> str:
-    """An OpenAI tool call as JSON text, as ShareGPT writes function calls."""
-    function = call["function"] if isinstance(call, dict) and "function" in call else call
-    return json.dumps(function, ensure_ascii=False)
-
-
-def last_answer(messages: Sequence[Message]) -> int:
-    """Index of the last assistant turn that answers something; 0 if there is none."""
-    return max(_answers(messages), default=0)
-
-
-def _answers(messages: Sequence[Message]) -> list[int]:
-    """Indices of the assistant turns that answer something; one that opens the dialogue is context."""
-    return [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
+    messages = parse_messages(_value(row, config, field), row.origin, config.columns.get(field, field))
+    tools = _value(row, config, "tools") if "tools" in config.columns else row.fields.get("tools")
+    return Dialogue(messages, parse_tools(tools, row.origin, config.columns.get("tools", "tools")))
 
 
 def _chat_segments(row: Row, config: DataConfig, chat: ChatTemplate | None) -> list[Segment]:
     if chat is None:
         raise ModelError("format: chat needs a chat template; set model.chat_template: chatml (or a Jinja file)")
-    messages = parse_messages(row, config)
-    answers = _answers(messages)
-    if not answers:
+    dialogue = dialogue_of(row, config)
+    if not dialogue.answers:
         raise DataError(f"{row.origin}: has no assistant message that answers another; there is nothing to learn from")
-    _refuse_control_tokens(row, messages, chat)
     try:
-        return _diff_renderings(messages, answers, chat, row.origin)
+        _refuse_control_tokens(dialogue, chat)
+        _refuse_what_is_not_written(dialogue, chat)
+        return _diff_renderings(dialogue, chat, row.origin)
     except DataError as error:
         raise DataError(f"{row.origin}: {error}") from error
 
 
-def _refuse_control_tokens(row: Row, messages: Sequence[Message], chat: ChatTemplate) -> None:
-    for number, message in enumerate(messages, 1):
-        found = [token for token in chat.control_tokens if token in message["content"]]
+def _refuse_control_tokens(dialogue: Dialogue, chat: ChatTemplate) -> None:
+    tools = len(dialogue.tools or ())
+    for number, text in enumerate(dialogue.texts(), 1):
+        found = [token for token in chat.control_tokens if token in text]
         if found:
+            place = f"tool {number}" if number <= tools else f"message {number - tools}"
             raise DataError(
-                f"{row.origin}: message {number} contains the control token {found[0]}, which would forge a turn; "
-                "remove it from the text"
+                f"{place} contains the control token {found[0]}, which would forge a turn; remove it from the text"
             )
 
 
-def _diff_renderings(messages: list[Message], answers: list[int], chat: ChatTemplate, origin: str) -> list[Segment]:
+def _refuse_what_is_not_written(dialogue: Dialogue, chat: ChatTemplate) -> None:
+    """A template may leave out in silence what it does not know: tools, and what they answer."""
+    messages, tools = dialogue.messages[: dialogue.last_answer + 1], dialogue.tools
+    way_out = "set model.chat_template: chatml (or a Jinja file that writes it)"
+    if tools and chat.render(messages, tools=tools) == chat.render(messages):
+        raise DataError(f"the chat template leaves out the row's tools; {way_out}, or remove the column")
+    for index, message in enumerate(messages):
+        if message["role"] == "tool" and chat.render(messages[: index + 1], tools=tools) == chat.render(
+            messages[:index], tools=tools
+        ):
+            raise DataError(f"the chat template leaves out message {index + 1}, a tool's answer; {way_out}")
+
+
+def _diff_renderings(dialogue: Dialogue, chat: ChatTemplate, origin: str) -> list[Segment]:
     """Where each answer lies in the rendered dialogue, found by rendering the dialogue up to and after it."""
-    full = chat.render(messages[: answers[-1] + 1])
+    messages, tools = dialogue.messages, dialogue.tools
+    full = chat.render(messages[: dialogue.last_answer + 1], tools=tools)
     segments = []
     position = 0
-    for index in answers:
-        before = chat.render(messages[:index], generation_prompt=True)
-        after = chat.render(messages[: index + 1])
+    for index in dialogue.answers:
+        before = chat.render(messages[:index], tools=tools, generation_prompt=True)
+        after = chat.render(messages[: index + 1], tools=tools)
         if not (after.startswith(before) and full.startswith(after) and len(after) > len(before) >= position):
             raise ModelError(
                 f"the chat template does not render message {index + 1} of {origin} as an addition to the text before "
                 "it, so it is unknown which tokens to learn; set model.chat_template: chatml (or a Jinja file)"
             )
         answer = _without_trailing_space(after[len(before) :], chat)
+        for call in messages[index].get("tool_calls", ()):
+            if call["function"]["name"] not in answer:
+                raise DataError(
+                    f"the chat template leaves out a tool call of message {index + 1} ({call['function']['name']}); "
+                    "set model.chat_template: chatml (or a Jinja file that writes it)"
+                )
         segments += [Segment(full[position : len(before)], learn=False), Segment(answer, learn=True)]
         position = len(before) + len(answer)
     return segments

@@ -19,7 +19,7 @@ from heliostat.data.tokens import TokenDataset, encode, move
 from heliostat.errors import DataError
 
 # Raise when the same rows and config become other tokens than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The config keys that decide how a given row is tokenised; the others act on which rows there are, or on packing.
 TOKEN_KEYS = {
     "format",

@@ -43,6 +43,10 @@ def candidates(rows: Sequence[Row], data: DataConfig, labels: Sequence[str] | No
     known = list(labels) if labels is not None else sorted({normalise(reference) for reference in references})
     found = []
     for row, choice, reference in zip(rows, own, references, strict=True):
+        if formats.calls_tools(row, data):
+            raise DataError(
+                f"{row.origin}: its last answer is a tool call, which cannot be chosen (scoring: likelihood)"
+            )
         if choice is None:
             _check_labels(known)
             before = reference[: len(reference) - len(reference.lstrip())]

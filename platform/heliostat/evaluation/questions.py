@@ -34,7 +34,7 @@ def question_of(row: Row, data: DataConfig, template: ChatTemplate | None, prefi
         DataError, ModelError: as `formats.to_segments`.
     """
     prompt, _ = formats.prompt_of(row, data, template)
-    return Question(prompt, _asked(row, prompt, data, template, prefix), formats.references_of(row, data))
+    return Question(prompt, _asked(row, prompt, data, template, prefix), formats.references_of(row, data, template))
 
 
 def _asked(row: Row, prompt: str, data: DataConfig, template: ChatTemplate | None, prefix: PromptPrefix) -> str:
@@ -42,9 +42,9 @@ def _asked(row: Row, prompt: str, data: DataConfig, template: ChatTemplate | Non
         return prefix.text() + prompt
     if prefix == PromptPrefix():
         return prompt
-    messages = formats.parse_messages(row, data)
-    asked = prefix.messages(messages[: formats.last_answer(messages)])
-    return template.render([dict(message) for message in asked], generation_prompt=True)
+    dialogue = formats.dialogue_of(row, data)
+    asked = prefix.messages(dialogue.messages[: dialogue.last_answer])
+    return template.render([dict(message) for message in asked], tools=dialogue.tools, generation_prompt=True)
 
 
 def pair_of(row: Row, data: DataConfig) -> Pair:
@@ -55,8 +55,10 @@ def pair_of(row: Row, data: DataConfig) -> Pair:
     """
     if data.format != "chat":
         return formats.prompt_of(row, data, None)
-    messages = formats.parse_messages(row, data)
-    last = formats.last_answer(messages)
+    dialogue = formats.dialogue_of(row, data)
+    messages, last = dialogue.messages, dialogue.last_answer
+    if formats.calls_tools(row, data):
+        raise DataError(f"{row.origin}: its last answer is a tool call, so it cannot be an example (few_shot)")
     if not last or messages[last - 1]["role"] != "user":
         raise DataError(f"{row.origin}: has no user's message with an answer, so it cannot be an example (few_shot)")
     return messages[last - 1]["content"], messages[last]["content"]

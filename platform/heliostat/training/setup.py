@@ -209,7 +209,7 @@ def _texts(rows: Iterable[Row], data: DataConfig) -> Iterator[str]:
         if data.task == "classification":
             yield formats.prompt_of(row, data, None)[0]
         elif data.format == "chat":
-            yield from (message["content"] for message in formats.parse_messages(row, data))
+            yield from formats.dialogue_of(row, data).texts()
         else:
             yield from (segment.text for segment in formats.to_segments(row, data, None))
 

@@ -145,8 +145,8 @@ def question_of(row: Row, data: DataConfig) -> str:
     """What the model is asked in this row: rows with equal questions must not be told apart."""
     if data.format != "chat":
         return formats.prompt_of(row, data, None)[0]
-    messages = formats.parse_messages(row, data)
-    return json.dumps(messages[: formats.last_answer(messages)], ensure_ascii=False)
+    dialogue = formats.dialogue_of(row, data)
+    return json.dumps([dialogue.tools, dialogue.messages[: dialogue.last_answer]], ensure_ascii=False)
 
 
 def _probes(parameter: Parameter) -> Iterator[Any]:

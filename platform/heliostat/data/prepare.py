@@ -92,11 +92,12 @@ def prepare(
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of everything that decides a text's ids: vocabulary, merges, special tokens, chat template."""
+    """Hash of everything that decides a text's ids: vocabulary, merges, special tokens, chat template, languages."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # State that earlier calls leave behind; it does not act on ours.
     del backend["truncation"], backend["padding"]
-    parts = [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    languages = [getattr(tokenizer, key) for key in ("src_lang", "tgt_lang") if key in tokenizer.init_kwargs]
+    parts = [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, *languages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

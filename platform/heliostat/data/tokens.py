@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -160,7 +161,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Encoded:
     truncated = dropped = 0
     too_long: list[tuple[int, str]] = []
     for row, document, mask in _documents(rows, encoder):
-        pieces = fit(document, mask, config)
+        pieces = fit(document, mask, config, encoder.source_end)
         shortened = len(document) > config.max_length and config.format != "text"
         if shortened:
             too_long.append((len(document), row.origin))
@@ -194,6 +195,8 @@ class DocumentEncoder:
         self._tokenizer = tokenizer
         self._config = config
         self._template = chat_template(tokenizer, config)
+        self.source_end = _tokens_behind(tokenizer) if config.task == "seq2seq" else 0
+        """Tokens that the tokenizer puts behind a source: they stay when it is cut."""
         self._bos = [] if self._template or config.task == "seq2seq" else leading_bos(tokenizer)
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -232,7 +235,8 @@ class DocumentEncoder:
 
     def _join(self, prompt: list[int], prompt_mask: list[bool], completion: list[int]) -> tuple[Ids, Mask]:
         eos = self._tokenizer.eos_token_id
-        if completion[-1:] != [eos]:
+        # mBART writes the target's language behind it.
+        if eos not in completion[-2 if self._config.task == "seq2seq" else -1 :]:
             completion = [*completion, eos]
         bos = self._bos
         ids = np.array(bos + prompt + completion, dtype=np.int32)
@@ -303,7 +307,12 @@ def _too_long_error(too_long: list[tuple[int, str]], rows: int, limit: int) -> D
     )
 
 
-def fit(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
+def _tokens_behind(tokenizer: Any) -> int:
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return sum(1 for _ in takewhile(bool, reversed(added)))
+
+
+def fit(ids: Ids, mask: Mask, config: DataConfig, source_end: int = 0) -> list[tuple[Ids, Mask]]:
     """The pieces of a document that are not longer than `max_length`; none if it is to be dropped."""
     limit = config.max_length
     if len(ids) <= limit:
@@ -316,16 +325,16 @@ def fit(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
         cut = config.excess_length_strategy == "truncate"
         return [(np.append(ids[: limit - 1], ids[-1]), np.append(mask[: limit - 1], mask[-1]))] if cut else []
     if config.format == "seq2seq":
-        return _with_shorter_source(ids, mask, config)
+        return _with_shorter_source(ids, mask, config, source_end)
     fits = config.excess_length_strategy == "truncate" and mask[1:limit].any()
     return [(ids[:limit], mask[:limit])] if fits else []
 
 
-def _with_shorter_source(ids: Ids, mask: Mask, config: DataConfig) -> list[tuple[Ids, Mask]]:
-    """A source and its target, of which the source alone is cut: before its last token, which ends it."""
+def _with_shorter_source(ids: Ids, mask: Mask, config: DataConfig, end: int) -> list[tuple[Ids, Mask]]:
+    """A source and its target, of which the source alone is cut: before the tokens that end it."""
     start = int(mask.argmax())
     room = config.max_length - (len(ids) - start)
-    if config.excess_length_strategy != "truncate" or room < 2:
+    if config.excess_length_strategy != "truncate" or room <= end:
         return []
-    kept = np.r_[0 : room - 1, start - 1 : len(ids)]
+    kept = np.r_[0 : room - end, start - end : len(ids)]
     return [(ids[kept], mask[kept])]

@@ -31,6 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from heliostat import state, storage
 from heliostat.errors import ModelError
 from heliostat.models import bundle, files, remote
+from heliostat.models.languages import languages_of
 from heliostat.tasks import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -288,6 +289,11 @@ def load_for_inference(reference: str, *, device: str = "cpu", dtype: str | None
     kind: Any = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
     tokenizer = load_tokenizer(source)
     task = task_of(source)
+    if task == "seq2seq" and None in languages_of(tokenizer):
+        raise ModelError(
+            f"model `{source}`: its tokenizer names no src_lang and tgt_lang, so it is unknown between which languages "
+            "it is to translate; write both in its tokenizer_config.json, or train it (model.src_lang, model.tgt_lang)"
+        )
     if (folder / ADAPTER_CONFIG).exists():
         head = Head(task, tuple((manifest or {}).get("labels") or ()), tokenizer.pad_token_id)
         model = load_adapter(folder, dtype=kind, head=head)

@@ -31,6 +31,10 @@ class ModelConfig(StrictModel):
     """Texts that become tokens of their own; their embeddings begin near the mean of the others, and learn."""
     add_special_tokens: list[str] = Field(default_factory=list)
     """The same for control tokens, which are no part of decoded text."""
+    src_lang: str | None = None
+    """Language of the sources, for models whose tokenizer wants its name (mBART: de_DE, NLLB: deu_Latn)."""
+    tgt_lang: str | None = None
+    """The same of the targets; both are kept with the model."""
     chat_template: str | None = None
     """`chatml`, or the path of a Jinja file; default: the tokenizer's own."""
     attn_implementation: str | None = None
@@ -44,6 +48,8 @@ class ModelConfig(StrictModel):
             raise ValueError(
                 "`add_tokens` and `add_special_tokens` are for existing models; `scratch` makes its own tokens"
             )
+        if self.scratch and (self.src_lang or self.tgt_lang):
+            raise ValueError("`src_lang` and `tgt_lang` are for existing models; a new tokenizer has no languages")
         return self
 
 

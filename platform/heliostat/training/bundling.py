@@ -14,6 +14,7 @@ from heliostat.data.tokens import TokenDataset
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, bundle, files
 from heliostat.models.base import Head
+from heliostat.models.languages import generation_start
 from heliostat.training.setup import Source
 
 # Documents looked at to find out which special token ends a turn.
@@ -61,11 +62,12 @@ def assemble(
 
 def _generation_config(config: ExperimentConfig, source: Source, stops: list[int]) -> GenerationConfig:
     model = base.load_config(source.path, config.model.revision)
+    start = {"decoder_start_token_id": model.decoder_start_token_id} if model.is_encoder_decoder else {}
     return GenerationConfig(
         eos_token_id=stops,
         pad_token_id=source.tokenizer.pad_token_id,
         bos_token_id=source.tokenizer.bos_token_id,
-        decoder_start_token_id=model.decoder_start_token_id if model.is_encoder_decoder else None,
+        **{**start, **generation_start(source.tokenizer)},
         **config.generation.model_dump(exclude_none=True),
     )
 

@@ -18,6 +18,7 @@ from heliostat.errors import ConfigError
 from heliostat.experiment import ExperimentConfig
 from heliostat.models import base, freezing, quantised, scratch
 from heliostat.models.config import AdapterConfig, ModelConfig
+from heliostat.models.languages import set_languages
 from heliostat.registry import versions
 from heliostat.training import event_files, order, zero
 from heliostat.training.runs import Run
@@ -137,6 +138,7 @@ def load_source(config: ExperimentConfig, rows: Sequence[Row], folder: Path) -> 
         adapter, continues = adapters.continued(Path(path), config.adapter), path
         path = base.base_of(Path(path))
     tokenizer = base.load_tokenizer(continues or path, None if continues else config.model.revision)
+    _set_languages(tokenizer, config)
     new_chat = config.model.scratch is not None and config.data.format == "chat"
     _set_chat_template(tokenizer, config.model.chat_template or ("chatml" if new_chat else None))
     model = base.load_config(path, config.model.revision)
@@ -151,6 +153,16 @@ def load_source(config: ExperimentConfig, rows: Sequence[Row], folder: Path) -> 
         raise ConfigError("model.add_tokens: an adapter that training goes on with cannot take new tokens; drop them")
     labels = formats.label_names(rows, config.data)
     return Source(path, config.model.scratch is not None, tokenizer, labels, continues, new_tokens, adapter)
+
+
+def _set_languages(tokenizer: Any, config: ExperimentConfig) -> None:
+    source, target = config.model.src_lang, config.model.tgt_lang
+    if config.data.task == "seq2seq":
+        set_languages(tokenizer, source, target)
+    elif source or target:
+        raise ConfigError(
+            f"model.src_lang and tgt_lang belong to data.format=seq2seq, not {config.data.format}; drop them"
+        )
 
 
 def _add_tokens(tokenizer: Any, model: ModelConfig) -> tuple[int, ...]:

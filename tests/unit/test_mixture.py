@@ -9,8 +9,10 @@ import pytest
 
 from heliostat import config as configuration
 from heliostat.data import mixture, prepare, splits
+from heliostat.data.audit import Report, audit
 from heliostat.data.config import DataConfig, TrainSource
 from heliostat.data.records import Row
+from heliostat.data.tokens import TokenDataset
 from heliostat.errors import ConfigError, DataError
 from tests import tiny
 
@@ -59,6 +61,30 @@ def test_a_mixture_is_held_out_from_before_it_is_weighted(tmp_path: Path) -> Non
     prepared = prepare.prepare(found, config, tiny.tokenizer(), 0, tmp_path / "cache")
     assert [entry["rows"] for entry in prepared.manifest["sources"]] == [sources[0], sources[1]]
     assert [Path(entry["path"]).name for entry in prepared.manifest["files"]["train"]] == ["a.jsonl", "b.jsonl"]
+
+
+def test_rows_that_a_weight_repeats_are_no_duplicates_but_equal_rows_of_two_sources_are(tmp_path: Path) -> None:
+    first = write(tmp_path, "a.jsonl", [{"prompt": f"a{n}", "completion": "x"} for n in range(8)])
+    second = write(tmp_path, "b.jsonl", [{"prompt": f"b{n}", "completion": "y"} for n in range(3)])
+    given = [first, {"path": second, "weight": 3}]
+    own = audited(given, tmp_path)
+    assert (own.splits["train"].rows, own.splits["train"].duplicates) == (17, 0)
+    assert "duplicates" not in {finding.check for finding in own.findings}
+
+    copies = write(tmp_path, "c.jsonl", [{"prompt": "b1", "completion": "y"}] * 2)
+    found = audited([*given, copies], tmp_path)
+    assert found.splits["train"].duplicates == 2
+    (finding,) = [finding for finding in found.findings if finding.check == "duplicates"]
+    assert {place.row.partition(":")[0] for place in finding.rows} <= {str(copies), second}
+    assert len({place.row for place in finding.rows} | {place.same_as for place in finding.rows}) == 3
+
+
+def audited(sources: list[Any], folder: Path) -> Report:
+    config = DataConfig.model_validate({"format": "prompt_completion", "train": sources, "validation_size": 0})
+    rows, tokenizer = splits.load_splits(config, 0), tiny.tokenizer()
+    prepared = prepare.prepare(rows, config, tokenizer, 0, folder / "cache")
+    tokens = {name: TokenDataset.open(path) for name, path in prepared.splits.items()}
+    return audit(rows, tokens, tokenizer, config)
 
 
 def test_wrong_mixtures_are_refused(tmp_path: Path) -> None:

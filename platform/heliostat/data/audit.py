@@ -69,7 +69,7 @@ class SplitCounts:
     empty: int
     """Rows with an empty prompt or message."""
     duplicates: int
-    """Rows that repeat an earlier one of the split, white space aside."""
+    """Rows that repeat an earlier one of the split, white space aside; not those that a mixture's weight repeats."""
     sequences: int
     """Training sequences that the documents are packed into."""
     fill: float
@@ -150,7 +150,7 @@ def _counts(packed: PackedDataset, said: Contents, tokenizer: Any, config: DataC
         truncated=tokens.meta["truncated"],
         dropped=tokens.meta["dropped"],
         empty=int(said.blank.sum()),
-        duplicates=len(said.digests) - len(np.unique(said.digests)),
+        duplicates=len(said.repeats()[0]),
         sequences=len(packed),
         fill=packed.fill,
         document_tokens=_statistics(tokens.lengths),
@@ -188,9 +188,9 @@ def _of_rows(said: Mapping[str, Contents], settings: AuditConfig) -> Iterator[Fi
         places = [Place(own.origins[index]) for index in blank[:MAX_PLACES]]
         text = "rows have an empty prompt or message; fill or remove them"
         yield from _share(settings, "empty", split, len(blank), total, text, settings.max_empty, places)
-        _, first, which = np.unique(own.digests, return_index=True, return_inverse=True)
-        repeats = np.flatnonzero(first[which] != np.arange(total))
-        places = [Place(own.origins[index], own.origins[first[which[index]]]) for index in repeats[:MAX_PLACES]]
+        repeats, first = own.repeats()
+        pairs = zip(repeats[:MAX_PLACES], first[:MAX_PLACES], strict=True)
+        places = [Place(own.origins[index], own.origins[earlier]) for index, earlier in pairs]
         text = "rows repeat an earlier one; remove them"
         yield from _share(settings, "duplicates", split, len(repeats), total, text, settings.max_duplicates, places)
     for source, split, check in LEAKS:

@@ -22,6 +22,8 @@ MAX_LABELS = 50
 MAX_LABEL_CHARACTERS = 60
 MIN_ROWS_OF_A_LABEL = 3
 
+Indices = npt.NDArray[np.intp]
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -31,10 +33,19 @@ class Contents:
     """Where each row is from."""
     digests: npt.NDArray[np.uint64]
     """[rows]: equal where the text that is trained on is, white space aside."""
+    again: npt.NDArray[np.bool_]
+    """[rows]: the very row that came before, as a weight of a mixture repeats it."""
     blank: npt.NDArray[np.bool_]
     """[rows]: what the model is to answer, or a part of it, is empty."""
     labels: dict[str, int] | None
     """Label -> rows, the most frequent first; None if the completions are no labels."""
+
+    def repeats(self) -> tuple[Indices, Indices]:
+        """The rows that say what an earlier one says, and the first that says it; those of a weight aside."""
+        _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
+        earlier = first[which]
+        found = np.flatnonzero((earlier != np.arange(len(earlier))) & ~self.again)
+        return found, earlier[found]
 
 
 def contents(rows: Sequence[Row], config: DataConfig) -> Contents:
@@ -45,7 +56,14 @@ def contents(rows: Sequence[Row], config: DataConfig) -> Contents:
     """
     digests = np.fromiter((digest(row, config) for row in rows), dtype=np.uint64, count=len(rows))
     blank = np.fromiter((_is_blank(row, config) for row in rows), dtype=np.bool_, count=len(rows))
-    return Contents([row.origin for row in rows], digests, blank, _labels(rows, config))
+    return Contents([row.origin for row in rows], digests, _again(rows), blank, _labels(rows, config))
+
+
+def _again(rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
+    _, first = np.unique(np.fromiter(map(id, rows), dtype=np.uint64, count=len(rows)), return_index=True)
+    again = np.ones(len(rows), dtype=np.bool_)
+    again[first] = False
+    return again
 
 
 def digest(row: Row, config: DataConfig) -> int:

@@ -27,6 +27,8 @@ def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     if own is not None:
         shifted: Tensor = own(labels)
         return shifted
-    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    # DeepSpeed's engine has a `config` of its own.
+    config = getattr(model, "module", model).config
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
     before = torch.cat([start, labels[:, :-1]], dim=1)
-    return before.masked_fill(before == IGNORED, model.config.pad_token_id)
+    return before.masked_fill(before == IGNORED, config.pad_token_id)

@@ -1,7 +1,7 @@
 """The command line: one table of commands. Knows flags and output; imports what a command needs when it runs.
 
 stdout carries the result (with --json: one JSON object as its last line), stderr everything else.
-Exit codes: 0 done, 2 the input is wrong, 3 a gate refused, 1 anything else.
+Exit codes: 0 done, 2 the input is wrong, 3 a gate refused, 130 Ctrl-C, 143 SIGTERM, 1 anything else.
 """
 
 import argparse
@@ -77,7 +77,10 @@ def _run(command: Command, options: argparse.Namespace) -> int:
             emit(result)
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Ctrl-C is a SystemExit without a code while Ray Train runs, which handles it itself.
+        # Ctrl-C is a SystemExit without a code while Ray Train runs, and SIGTERM one with its number where Ray does.
+        if isinstance(stop, SystemExit) and stop.code == signal.SIGTERM:
+            print("terminated", file=sys.stderr)
+            return 128 + signal.SIGTERM
         if isinstance(stop, SystemExit) and stop.code:
             raise
         print("interrupted", file=sys.stderr)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from heliostat import cluster, journal
 from heliostat.errors import TrainingError
+from heliostat.training import termination
 from heliostat.training.config import TrainingConfig
 from heliostat.training.progress import ProgressBar
 from heliostat.training.spec import WorkerSpec
@@ -34,8 +35,10 @@ def run(spec: WorkerSpec, console: Console) -> None:
 
     Raises:
         TrainingError: the workers failed more often than training.max_failures.
+        SystemExit: SIGTERM came; the workers have saved.
     """
-    with ProgressBar(Path(spec.run_folder) / journal.NAME, spec.total_steps, console):
+    bar = ProgressBar(Path(spec.run_folder) / journal.NAME, spec.total_steps, console)
+    with termination.pausing(spec.pause_file), bar:
         if spec.training.num_workers == 0:
             _run_here(spec)
         else:

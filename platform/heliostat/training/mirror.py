@@ -151,15 +151,21 @@ class Mirror:
         return name not in there or self._copied.get(name) != _state(path)
 
     def _follow(self) -> None:
-        while not self._end.wait(_POLL_S):
-            finished = {str(each.folder) for each in _finished(self._folder)}
-            if finished == self._seen or not (self._folder / journal.NAME).exists():
-                continue
-            self._seen = finished
-            try:
-                self.sync()
-            except (UserError, OSError) as error:
-                self._tell(f"the checkpoint is not copied, which the next one will try again: {error}")
+        over = False
+        while not over:
+            # Once more at the end: a training that is told to end saves before it does.
+            over = self._end.wait(_POLL_S)
+            self._copy_new_checkpoints()
+
+    def _copy_new_checkpoints(self) -> None:
+        finished = {str(each.folder) for each in _finished(self._folder)}
+        if finished == self._seen or not (self._folder / journal.NAME).exists():
+            return
+        self._seen = finished
+        try:
+            self.sync()
+        except (UserError, OSError) as error:
+            self._tell(f"the checkpoint is not copied, which the next one will try again: {error}")
 
 
 def _rank(name: str) -> int:

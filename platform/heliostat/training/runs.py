@@ -13,6 +13,7 @@
     weights/        exported weights of the best step so far; become the bundle
     bundle/         the finished model
     stop            made to end the run early; see `Run.tell_to_stop`
+    pause           made to end the workers once they have saved; see heliostat.training.termination
 """
 
 import contextlib

@@ -9,6 +9,8 @@ from heliostat.training.config import TrainingConfig
 
 STOP = "stop"
 """Name of the file in a run folder that ends the run."""
+PAUSE = "pause"
+"""Name of the file that ends the workers once they have saved, for the run to be gone on with."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class WorkerSpec:
     def stop_file(self) -> Path:
         """The workers end, and write nothing more, when this file is there."""
         return Path(self.run_folder) / STOP
+
+    @property
+    def pause_file(self) -> Path:
+        """The workers save and end when this file is there."""
+        return Path(self.run_folder) / PAUSE
 
 
 def export_name(step: int) -> str:

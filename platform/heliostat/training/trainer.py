@@ -16,7 +16,7 @@ from heliostat.data import splits
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
-from heliostat.training import auditing, bundling, event_files, group, mirror, runs, setup
+from heliostat.training import auditing, bundling, event_files, group, mirror, runs, setup, termination
 from heliostat.training.auditing import Audited
 from heliostat.training.checkpoint_scores import CheckpointScores
 from heliostat.training.mirror import Mirror
@@ -141,10 +141,10 @@ def _tracked(config: ExperimentConfig, job: _Job, tags: Mapping[str, str]) -> It
     with group.place(config.training) if job.run.status == "running" else contextlib.nullcontext():
         tracker.start()
         try:
-            with event_files.following(config.training.report_to, job.run.folder):
+            with termination.ending(), event_files.following(config.training.report_to, job.run.folder):
                 yield tracker
         except BaseException as error:
-            # Ray Train makes a SystemExit of Ctrl-C, and Ray's drivers one of SIGTERM.
+            # Ray Train makes a SystemExit of Ctrl-C, and `termination` one of SIGTERM.
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             tracker.finish("KILLED" if stopped else "FAILED", patience=5)
             raise

@@ -95,6 +95,8 @@ class Progress:
     best_step: int = 0
     evaluations_without_gain: int = 0
     stopped_early: bool = False
+    owes_evaluation: bool = False
+    """Whether the step was saved before its evaluation."""
 
 
 class Worker:
@@ -134,18 +136,21 @@ class Worker:
         )
 
     def run(self) -> Progress:
-        """Train to the end, from the newest checkpoint if there is one, and export the weights."""
-        if self.progress.step == 0 and self.validation_rows is not None:
+        """Train from the newest checkpoint, if there is one, to the end, and export the weights; or until told so."""
+        if self.validation_rows is not None and (self.progress.step == 0 or self.progress.owes_evaluation):
             self._evaluate()
         self.log.start(self.progress.step)
         while self.progress.step < self.spec.total_steps and not self.progress.stopped_early:
             self._step()
-            stop, leave = self._asked() if self.progress.step % self.training.logging_steps == 0 else (False, False)
-            if stop:
+            stop, pause, leave = self._asked()
+            at_end = self.progress.step == self.spec.total_steps
+            evaluates = self.validation_rows is not None and (at_end or self.progress.step % self.spec.eval_steps == 0)
+            if pause:
+                self._pause(owes_evaluation=evaluates)
+            if stop or pause:
                 self.saver.settle()
                 return self.progress
-            at_end = self.progress.step == self.spec.total_steps
-            if self.validation_rows is not None and (at_end or self.progress.step % self.spec.eval_steps == 0):
+            if evaluates:
                 self._evaluate()
             if at_end or leave or self.progress.stopped_early or self.progress.step % self.spec.save_steps == 0:
                 self._save(at_once=leave)
@@ -156,20 +161,30 @@ class Worker:
             self._export(self.spec.weights)
         return self.progress
 
-    def _asked(self) -> tuple[bool, bool]:
-        """Whether to end the training, and whether to save before a machine leaves; the same for all workers."""
+    def _pause(self, *, owes_evaluation: bool) -> None:
+        """Save at once: an evaluation may take longer than there is time, and is made up for by who goes on."""
+        self.progress.owes_evaluation = owes_evaluation
+        self._tell(f"ends as SIGTERM asks for, after step {self.progress.step}, which is saved", self.progress.step)
+        self._save(at_once=True)
+
+    def _asked(self) -> tuple[bool, bool, bool]:
+        """Whether to end; to save and end; and to save before a machine leaves: the same for all workers.
+
+        Asked after every step, because whoever sends SIGTERM waits for seconds only; a stop is for logged steps.
+        """
         first = self.session.rank == 0
         wishes = [
-            first and self.spec.stop_file.exists(),
+            first and self.progress.step % self.training.logging_steps == 0 and self.spec.stop_file.exists(),
+            first and self.spec.pause_file.exists(),
             first and self.session.asks_for_notices(),
             self.saver.has_failed,
         ]
         asked = torch.tensor(wishes, dtype=torch.int32, device=self.session.device)
         dist.all_reduce(asked)
-        stop, look, failed = asked.bool().tolist()
+        stop, pause, look, failed = asked.bool().tolist()
         if failed:
             self.saver.settle()
-        return stop, bool(look) and self._must_save()
+        return stop, pause, look and self._must_save()
 
     def _must_save(self) -> bool:
         """Whether more machines are about to leave than the last time."""
@@ -310,6 +325,7 @@ class Worker:
 
     def _evaluate(self) -> None:
         """Validation loss over all rows; keeps the weights if it is the lowest so far."""
+        self.progress.owes_evaluation = False
         with self.log.clock_stopped():
             loss = self._validation_loss()
         self.log.evaluation(self.progress.step, loss, perplexity=self.spec.task != "classification")

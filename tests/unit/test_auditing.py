@@ -131,7 +131,7 @@ def test_a_run_keeps_its_audit_and_its_events(experiment: Any, tmp_path: Path, c
 
 def test_samples_are_for_terminals(experiment: Any) -> None:
     config = ExperimentConfig.model_validate(experiment)
-    report = auditing._audit(config).report
+    report = auditing.audit_of(config).report
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, no_color=True)
         auditing.tell(report, console)

@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from heliostat import experiment, state
+from heliostat.data import splits
 from heliostat.errors import ConfigError
-from heliostat.evaluation import metrics
-from heliostat.evaluation.config import LOWER_IS_BETTER
+from heliostat.evaluation import evaluator, metrics
+from heliostat.evaluation.config import LOWER_IS_BETTER, EvaluationConfig
+from heliostat.evaluation.evaluator import Local
 from heliostat.experiment import ExperimentConfig
+from heliostat.models import base
+from heliostat.training import auditing, runs, trainer
 from heliostat.tuning import training_search
+from heliostat.tuning.reports import FINISHED
 from heliostat.tuning.training_search import GpuHours
-from heliostat.tuning.training_trial import TrialPlan, with_values
+from heliostat.tuning.training_trial import TrainingTrial, TrialPlan, with_values
 from tests import tiny
 
 SPACE = {"training.learning_rate": {"loguniform": [1e-5, 1e-3]}}
@@ -103,6 +109,7 @@ def test_keys_of_a_space_are_not_taken_for_synonyms(tmp_path: Path) -> None:
         ("eval_loss", ("eval_loss", "min")),
         ("exact_match", ("eval_exact_match", "max")),
         ("eval_rougeL", ("eval_rougeL", "max")),
+        ("accuracy", ("eval_accuracy", "max")),
         ("repetition", ("eval_repetition", "min")),
     ],
 )
@@ -152,7 +159,7 @@ def test_gpu_hours_are_counted_over_all_trials() -> None:
 
 def test_a_trial_reads_both_of_its_journals(tmp_path: Path, tiny_bundle: Path) -> None:
     """The training's own and that of the task scores; step 0 is no result, a repeated step counts once."""
-    plan = TrialPlan(configured(tmp_path, tiny_bundle, {}), "eval_exact_match", tmp_path, "", {})
+    plan = TrialPlan(configured(tmp_path, tiny_bundle, {}), "eval_exact_match", tmp_path, "", {}, audited=False)
     write = {"metrics.jsonl": [(0, {"eval_exact_match": 0.9}), (5, {"loss": 1.0})],
              "scores.jsonl": [(10, {"eval_exact_match": 0.2}), (5, {"eval_exact_match": 0.1}),
                               (5, {"eval_exact_match": 0.1})]}  # fmt: skip
@@ -161,6 +168,38 @@ def test_a_trial_reads_both_of_its_journals(tmp_path: Path, tiny_bundle: Path) -
         (tmp_path / name).write_text("".join(lines))
     found = [(row["step"], row["metrics"]["eval_exact_match"]) for row in plan.rows(tmp_path)]
     assert found == [(5, 0.1), (10, 0.2)]
+
+
+def test_a_trial_of_a_classifier_reports_its_macro_f1_on_data_that_the_search_has_audited(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    rows = [{"text": text, "label": text.split()[2]} for text in tiny.TEXTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "rows.jsonl"), "format": "classification", "max_length": 64, "validation_size": 24}
+    training = {"num_workers": 1, "max_steps": 8, "eval_steps": 4, "per_device_train_batch_size": 8}
+    config = configured(tmp_path, tiny_bundle, {"metric": "macro_f1"}, data=data, training=training,
+                        registry={"register_model": False})  # fmt: skip
+    trials, metric, _ = training_search._trial_config(config)
+    plan = TrialPlan(trials, metric, tmp_path / "trials", "", {}, audited=True)
+    point = {"training.learning_rate": 3e-3}
+    trial = TrainingTrial.__new__(TrainingTrial)  # as Ray's actor has it, without Ray
+    trial.setup({"index": 0, "point": point}, plan)
+    reports = [trial.step()]
+    while not reports[-1].get("done"):
+        reports.append(trial.step())
+    assert [report["step"] for report in reports] == [4, 8]
+    assert reports[-1].get(FINISHED), reports[-1]
+    folder = plan.run_folder(0, point)
+    assert not any((folder / name).exists() for name in auditing.FILES)
+
+    winner = plan.configure(point)
+    run = runs.open_folder(folder, trainer.config_hash(winner))
+    bundle = trainer.train(winner, Console(quiet=True), run).bundle
+    assert all((folder / name).exists() for name in auditing.FILES), "what becomes a model has its own"
+    validation = splits.load_splits(winner.data, winner.seed, ("validation",))["validation"]
+    scored = EvaluationConfig(metrics=["macro_f1"])
+    found = evaluator.evaluate(Local(base.load_for_inference(bundle)), validation, winner.data, None, scored)
+    assert found.metrics["macro_f1"] == pytest.approx(max(report[metric] for report in reports))
 
 
 def test_values_are_set_in_sections_that_are_not_there_yet(tmp_path: Path, tiny_bundle: Path) -> None:

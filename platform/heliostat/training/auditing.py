@@ -54,7 +54,7 @@ def command(config: ExperimentConfig, write: Callable[[str], None] | None) -> di
         UserError: the configuration, the data or the model is wrong; AuditFailed: there is a finding that forbids
             training.
     """
-    audited = _audit(config)
+    audited = audit_of(config)
     folder = state.audits() / config.name
     folder.mkdir(parents=True, exist_ok=True)
     audited.save(folder)
@@ -65,7 +65,12 @@ def command(config: ExperimentConfig, write: Callable[[str], None] | None) -> di
     return asdict(audited.report) | {"folder": str(folder)}
 
 
-def _audit(config: ExperimentConfig) -> Audited:
+def audit_of(config: ExperimentConfig) -> Audited:
+    """Look at the data of an experiment that is not being trained.
+
+    Raises:
+        UserError: the configuration, the data or the model is wrong.
+    """
     setup.check(config)
     rows = splits.load_splits(config.data, config.seed)
     with tempfile.TemporaryDirectory() as folder:

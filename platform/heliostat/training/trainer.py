@@ -11,13 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from heliostat import config as configuration
-from heliostat import journal, storage
-from heliostat.data import splits
+from heliostat import journal, state, storage
+from heliostat.data import prepare, splits
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import figures, tracking, versions
 from heliostat.training import auditing, bundling, event_files, group, mirror, runs, setup, termination
-from heliostat.training.auditing import Audited
 from heliostat.training.checkpoint_scores import CheckpointScores
 from heliostat.training.mirror import Mirror
 from heliostat.training.runs import Run
@@ -71,17 +70,19 @@ def _open(config: ExperimentConfig) -> Run:
     return runs.open_run(mirror.folder_of(config.storage_path), config.name, config_hash(config), config.resume)
 
 
-def trial(config: ExperimentConfig, run: Run, console: Console, *, evaluations: int, tags: Mapping[str, str]) -> None:
+def trial(
+    config: ExperimentConfig, run: Run, console: Console, *, evaluations: int, tags: Mapping[str, str], audited: bool
+) -> None:
     """Train as `train` does, without making a bundle: a trial of a search, with at least `evaluations` evaluations.
 
-    `runs.tell_to_stop` ends it early. `tags` are those of its MLflow run.
+    `runs.tell_to_stop` ends it early. `tags` are those of its MLflow run. `audited`: its data was found to be fit.
 
     Raises:
         As `train`.
     """
     setup.check(config)
     with runs.released(run, journal.NAME):
-        job = _prepare(config, run, console, evaluations)
+        job = _prepare(config, run, console, evaluations, audited=audited)
         with _tracked(config, job, tags) as tracker:
             _run_workers(config, job, console)
         tracker.finish()
@@ -106,29 +107,33 @@ class _Job:
     lineage: dict[str, Any]
 
 
-def _prepare(config: ExperimentConfig, run: Run, console: Console, evaluations: int = 1) -> _Job:
+def _prepare(
+    config: ExperimentConfig, run: Run, console: Console, evaluations: int = 1, *, audited: bool = False
+) -> _Job:
     rows = splits.load_splits(config.data, config.seed)
     setup.check_best(config, rows)
     source = setup.load_source(config, rows["train"], run.folder / "init")
-    audited = auditing.look(rows, source.data(config.data), source.tokenizer, config.seed)
-    _record_data(run, config, audited)
-    if not run.resumed:
-        auditing.tell(audited.report, console)
-    audited.report.check()
-    prepared = audited.prepared
+    data = (rows, source.data(config.data), source.tokenizer, config.seed)
+    look = None if audited else auditing.look(*data)
+    prepared = look.prepared if look else prepare.prepare(*data, state.token_cache())
+    _record_data(run, config, prepared.manifest)
+    if look:
+        look.save(run.folder)
+        if not run.resumed:
+            auditing.tell(look.report, console)
+        look.report.check()
     plan = setup.plan(config, run, source, prepared.splits, evaluations)
     run.note(total_steps=plan.spec.total_steps)
     lineage = bundling.lineage(config_hash(config), prepared.manifest["data_sha256"], run.name)
     return _Job(run, source, prepared.splits, prepared.manifest, plan, lineage)
 
 
-def _record_data(run: Run, config: ExperimentConfig, audited: Audited) -> None:
-    """Write config.yaml, data.json and the audit; a resumed run must find the data as it was."""
-    before, manifest = run.folder / "data.json", audited.prepared.manifest
+def _record_data(run: Run, config: ExperimentConfig, manifest: Mapping[str, Any]) -> None:
+    """Write config.yaml and data.json; a resumed run must find the data as it was."""
+    before = run.folder / "data.json"
     if before.exists() and json.loads(before.read_text())["cache_key"] != manifest["cache_key"]:
         raise ConfigError(f"the data changed since {run.folder} was started; resume=never starts a new run")
     (run.folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-    audited.save(run.folder)
     runs.write_atomically(before, json.dumps(manifest, indent=2))
 
 

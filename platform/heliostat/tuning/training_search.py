@@ -4,6 +4,7 @@
     run.json        status, hash of the search
     search.json     MLflow's run
     trials.jsonl    the point of every trial, noted before it starts
+    audit.json      and data.txt, token_lengths.png: as of a run; unless the trials' data differ, who then have them
     trials/         their run folders; losers keep their journal only
     results.json    what came out
 
@@ -30,7 +31,7 @@ from heliostat.errors import ConfigError, TrainingError
 from heliostat.evaluation.config import LOWER_IS_BETTER, MetricName
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import tracking
-from heliostat.training import mirror, runs, setup, trainer
+from heliostat.training import auditing, mirror, runs, setup, trainer
 from heliostat.training.config import TrainingConfig
 from heliostat.training.runs import Run
 from heliostat.tuning import search, space, training_report
@@ -44,6 +45,8 @@ WHERE = "tune_training"
 NOTES = "trials.jsonl"
 RESULTS = "results.json"
 _SEARCHABLE = ("seed", "model.", "adapter.", "data.", "training.")
+# What decides which rows there are and how they are tokenised.
+_DATA = ("seed", "model.", "data.")
 _FIXED = (
     "training.num_workers", "training.elastic_resize_monitor_interval_s", "training.use_gpu",
     "training.resources_per_worker", "training.max_failures",
@@ -73,7 +76,10 @@ def tune_training(config: ExperimentConfig, console: Console) -> dict[str, Any]:
         run = runs.open_run(storage, f"{config.name}-tune", _search_hash(config), config.resume)
         with runs.released(run, NOTES):
             console.print(f"{'going on with' if run.resumed else 'search'} {run.folder}", highlight=False)
-            plan = _plan(base, metric, run)
+            same_data = not any(parameter.key.startswith(_DATA) for parameter in searched.parameters)
+            if same_data and run.status == "running":
+                _audit(base, run, console)
+            plan = _plan(base, metric, run, audited=same_data)
             if run.status == "running":
                 with _ended_if_interrupted(plan.parent_run_id):
                     trials = _search(plan, searched, mode, concurrent, console)
@@ -166,7 +172,20 @@ def _concurrency(config: ExperimentConfig) -> int:
     return search.concurrency(config.training.ray_resources(), wanted, key, workers)
 
 
-def _plan(base: ExperimentConfig, metric: str, run: Run) -> TrialPlan:
+def _audit(base: ExperimentConfig, run: Run, console: Console) -> None:
+    """Audit the data once for all trials.
+
+    Raises:
+        AuditFailed: it is not fit to be trained on.
+    """
+    audited = auditing.audit_of(base)
+    audited.save(run.folder)
+    if not run.resumed:
+        auditing.tell(audited.report, console)
+    audited.report.check()
+
+
+def _plan(base: ExperimentConfig, metric: str, run: Run, *, audited: bool) -> TrialPlan:
     """The search's MLflow run is made once, however often the search is gone on with."""
     notes = run.folder / "search.json"
     if not notes.exists():
@@ -175,7 +194,8 @@ def _plan(base: ExperimentConfig, metric: str, run: Run) -> TrialPlan:
         runs.write_atomically(notes, json.dumps({"run_id": run_id}))
     places = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     environment = {**places, **cluster.TRAIN_ENVIRONMENT, "HELIOSTAT_HOME": str(state.folder())}
-    return TrialPlan(base, metric, run.folder / "trials", json.loads(notes.read_text())["run_id"], environment)
+    run_id = json.loads(notes.read_text())["run_id"]
+    return TrialPlan(base, metric, run.folder / "trials", run_id, environment, audited)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ class TrialPlan:
     parent_run_id: str
     environment: Mapping[str, str]
     """Variables of the driver that say where things are."""
+    audited: bool
+    """Whether the search has audited the data, which is the same for all trials then."""
 
     def configure(self, point: Point) -> ExperimentConfig:
         """The configuration of the trial at `point`.
@@ -150,7 +152,8 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         evaluations = max(1, round(1 / tune_config.grace_period))
         tags = {"mlflow.parentRunId": self._plan.parent_run_id, "heliostat.trial": run.name}
         try:
-            trainer.trial(config, run, Console(quiet=True), evaluations=evaluations, tags=tags)
+            console = Console(quiet=True)
+            trainer.trial(config, run, console, evaluations=evaluations, tags=tags, audited=self._plan.audited)
         except HeliostatError as error:
             self._error = str(error)
         except BaseException as error:

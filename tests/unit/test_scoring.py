@@ -9,8 +9,11 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 
+from heliostat import cli
+from heliostat import config as configuration
 from heliostat.data import splits
 from heliostat.errors import ConfigError, DataError, ModelError, RegistryError
+from heliostat.evaluation import questions
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import scoring, store, versions
 from tests import tiny
@@ -72,6 +75,32 @@ def test_scores_of_a_registered_model_are_recorded_on_its_version_and_run(home: 
     assert json.loads(json.dumps(result)) == result
     assert result["intervals"] == {"exact_match": [0.0, 0.0]}
     assert result["unscored"] == {}
+
+
+@pytest.mark.parametrize(
+    "way", [[], ["evaluation.scoring=likelihood", "evaluation.labels=[cat, house, river]"]], ids=["generated", "chosen"]
+)
+def test_few_shot_is_the_same_as_examples_in_the_prompts(home: Path, tmp_path: Path, way: list[str]) -> None:
+    train = [{"prompt": text, "completion": " cat"} for text in tiny.TEXTS[50:56]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    file, asked = tmp_path / "config.yaml", config(home)
+    file.write_text(configuration.dump(asked))
+
+    def predicted(*overrides: str) -> list[str]:
+        common = [f"data.train={tmp_path}/train.jsonl", "data.max_length=128", "--model", str(home / "bundle")]
+        written = tmp_path / "predictions.jsonl"
+        assert cli.main(["evaluate", str(file), *common, "--predictions", str(written), *way, *overrides]) == 0
+        return [json.loads(line)["prediction"] for line in written.read_text().splitlines()]
+
+    data = asked.data.model_copy(update={"train": f"{tmp_path}/train.jsonl"})
+    examples = questions.few_shot(splits.load_splits(data, 0, ("train",))["train"], data, 3, asked.seed).text()
+    rows = [json.loads(line) for line in (home / "test.jsonl").read_text().splitlines()]
+    prompted = [json.dumps(row | {"prompt": examples + row["prompt"]}) + "\n" for row in rows]
+    (tmp_path / "prompted.jsonl").write_text("".join(prompted))
+
+    found = predicted("evaluation.few_shot=3")
+    assert found == predicted(f"data.test={tmp_path}/prompted.jsonl")
+    assert found != predicted()
 
 
 def test_scores_say_what_they_were_measured_on(home: Path, registered: str) -> None:

@@ -1,5 +1,6 @@
 """What `heliostat plan` says of memory is what training takes, and what the papers say."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -32,6 +33,7 @@ Case = tuple[str, str, str, bool]
 CASES: list[Case] = [
     *(("wide", method, stage, False) for method in METHODS for stage in STAGES),
     *(("long", method, "zero0", checkpointing) for method in METHODS for checkpointing in (False, True)),
+    *((shape, "ia3", "zero0", False) for shape in ("wide", "long")),
 ]
 MIB = 2**20
 
@@ -64,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> dict[Case, float]:
     """Bytes that two steps of real training took at their peak, beside what Python takes."""
-    cases: list[Case] = [*CASES, *(("none", method, "zero0", False) for method in METHODS)]
+    cases: list[Case] = [*CASES, *(("none", method, "zero0", False) for method in (*METHODS, "ia3"))]
     specs = []
     for number, case in enumerate(cases):
         run = runs.open_run(folder / "runs", f"run-{number}", "hash", "never")
@@ -90,8 +92,8 @@ def _peak(run: Path) -> float:
 def planned(folder: Path) -> dict[Case, dict[str, Any]]:
     """What the plans of both shapes say of each case."""
     found = {}
-    for shape in ("wide", "long"):
-        for option in planning.plan(config(folder, shape, "full", "zero0", checkpointing=False), "cpu", 0.4)["options"]:
+    for shape, method in itertools.product(("wide", "long"), ("full", "ia3")):
+        for option in planning.plan(config(folder, shape, method, "zero0", checkpointing=False), "cpu", 0.4)["options"]:
             settings = option["settings"]
             found[shape, settings["adapter.method"], settings["training.deepspeed"],
                   settings["training.gradient_checkpointing"]] = option  # fmt: skip

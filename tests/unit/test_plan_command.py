@@ -120,6 +120,13 @@ def test_the_table_has_a_line_for_each_way(file: Path, capsys: Capture) -> None:
         (["--num-workers", "-1"], "training.num_workers"),
         (["data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["model.model_name_or_path=nobody/nothing"], "model `nobody/nothing`: cannot be loaded"),
+        (
+            ["adapter.method=prompt", "data.packing=false"],
+            "adapter.method=prompt: plans are made for full, freeze, lora, ia3 only, so far; train a few steps",
+        ),
+        (["adapter.method=prefix", "data.packing=false"], "adapter.method=prefix: plans are made for"),
+        (["data.format=classification"], "data.format=classification: plans are made for causal language models only"),
+        (["data.format=seq2seq"], "data.format=seq2seq: plans are made for causal language models only"),
         (["training.deepspeed=zero5"], "`zero5` is neither a preset"),
     ],
 )

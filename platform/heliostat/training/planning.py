@@ -25,6 +25,8 @@ _CUDA = 1_300_000_000
 """What CUDA's context and kernels take (https://huggingface.co/docs/transformers/model_memory_anatomy)."""
 _USABLE = 0.95
 """Of a GPU's memory; the rest is lost between the blocks of PyTorch's allocator."""
+_ADAPTERS = ("lora", "ia3")
+_METHODS = ("full", "freeze", *_ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ def plan(config: ExperimentConfig, device_name: str | None, mfu: float) -> dict[
     setup.check(config)
     if config.data.task != "causal_lm":
         raise ConfigError(f"data.format={config.data.format}: plans are made for causal language models only, so far")
+    if config.adapter.method not in _METHODS:
+        raise ConfigError(
+            f"adapter.method={config.adapter.method}: plans are made for {', '.join(_METHODS)} only, so far; train a "
+            "few steps with training.max_steps and read `memory_gib` in metrics.jsonl"
+        )
     device = _device(config, device_name or _default(config))
     with tempfile.TemporaryDirectory() as folder:
         rows = splits.load_splits(config.data, config.seed, ("train", "validation"))
@@ -157,8 +164,7 @@ def _options(config: ExperimentConfig, path: str, work: Work, device: Device, mf
 
 
 def _ways(config: ExperimentConfig) -> Iterator[dict[str, Any]]:
-    methods = [config.adapter.method] if config.adapter.method == "lora" else [config.adapter.method, "lora"]
-    for method in methods:
+    for method in dict.fromkeys((config.adapter.method, "lora")):
         for checkpointing in (False, True):
             for preset in zero.PRESETS:
                 if checkpointing or "offload" not in preset:
@@ -194,7 +200,7 @@ def _traced(config: ExperimentConfig, path: str, batch: Batch, device: Device) -
 
     def build() -> Any:
         model = base.new_model(path, seed=0, dtype=dtype, attention="sdpa", revision=config.model.revision)
-        if config.adapter.method == "lora":
+        if config.adapter.method in _ADAPTERS:
             # DeepSpeed casts adapters too, which PEFT leaves in fp32.
             model = adapters.attach(model, config.adapter, base=path, seed=0).to(dtype)
         freezing.freeze(model, config.adapter.freeze)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from heliostat import journal
-from heliostat.errors import ResourceError, TrainingError
+from heliostat.errors import AuditFailed, ResourceError, TrainingError
 from heliostat.experiment import ExperimentConfig
 from heliostat.registry import store
 from heliostat.training import runs
@@ -91,6 +91,7 @@ def test_losers_keep_their_journal_only_and_the_winner_is_registered_as_it_was_t
         (folder,) = (Path(result["folder"]) / "trials").glob(f"{trial['index']:04d}-*")
         assert (folder / journal.NAME).exists()
         best = trial["index"] == result["best_trial"]
+        assert (folder / "audit.json").exists() == best, "the search audits for all; what is registered has its own"
         assert (folder / "weights").exists() == best
         if best:
             assert result["trained"]["run_folder"] == str(folder)
@@ -120,9 +121,17 @@ def test_a_failing_trial_is_marked_and_the_others_go_on(config: ExperimentConfig
     """With max_length 4 a sample is longer than a sequence may be."""
     result = searched(with_values(config, {"name": "failing", "tune_training.space": {"data.max_length": [4, 64]}}))
     first, second = result["trials"]
+    assert not (Path(result["folder"]) / "audit.json").exists(), "the trials' data differ"
+    assert list((Path(result["folder"]) / "trials").glob("0001-*/audit.json"))
     assert (first["state"], second["state"]) == ("failed", "finished")
     assert "its 17 tokens exceed data.max_length: 4" in first["error"]
     assert result["best"] == {"data.max_length": 64}
+
+
+def test_unfit_data_ends_a_search_before_its_first_trial(config: ExperimentConfig) -> None:
+    with pytest.raises(AuditFailed, match=r"test: 102 of 108 .* rows are in train too"):
+        searched(with_values(config, {"name": "unfit", "data.test": config.data.train}))
+    assert list(Path(str(config.storage_path)).glob("unfit*")) == []
 
 
 def test_every_trial_failing_is_an_error_with_the_first_reason(config: ExperimentConfig) -> None:

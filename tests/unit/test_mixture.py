@@ -11,8 +11,9 @@ from heliostat import config as configuration
 from heliostat.data import mixture, prepare, splits
 from heliostat.data.audit import Report, audit
 from heliostat.data.config import DataConfig, TrainSource
+from heliostat.data.contents import contents
+from heliostat.data.packing import PackedDataset
 from heliostat.data.records import Row
-from heliostat.data.tokens import TokenDataset
 from heliostat.errors import ConfigError, DataError
 from tests import tiny
 
@@ -83,8 +84,11 @@ def audited(sources: list[Any], folder: Path) -> Report:
     config = DataConfig.model_validate({"format": "prompt_completion", "train": sources, "validation_size": 0})
     rows, tokenizer = splits.load_splits(config, 0), tiny.tokenizer()
     prepared = prepare.prepare(rows, config, tokenizer, 0, folder / "cache")
-    tokens = {name: TokenDataset.open(path) for name, path in prepared.splits.items()}
-    return audit(rows, tokens, tokenizer, config)
+    packed = {
+        name: PackedDataset.open(path, config.max_length, packing=config.packing)
+        for name, path in prepared.splits.items()
+    }
+    return audit({name: contents(rows[name], config) for name in packed}, packed, tokenizer, config)
 
 
 def test_wrong_mixtures_are_refused(tmp_path: Path) -> None:

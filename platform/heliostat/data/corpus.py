@@ -257,8 +257,9 @@ def contents(folder: Path, paths: Sequence[Path]) -> Contents:
         digests, files, numbers = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ROW_TYPES)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be read as tokenised data ({error}); delete the folder") from error
-    # A row without text is refused when it is tokenised.
-    return Contents(Origins(paths, files, numbers), digests, np.zeros(len(digests), dtype=np.bool_), None)
+    # A row without text is refused when it is tokenised, and there are no weights.
+    none = np.zeros(len(digests), dtype=np.bool_)
+    return Contents(Origins(paths, files, numbers), digests, again=none, blank=none, labels=None)
 
 
 def _look_at(path: Path, memory: Path) -> File:

@@ -62,6 +62,7 @@ def _run_on_ray(spec: WorkerSpec) -> None:
     trainer = TorchTrainer(
         ray_worker.train,
         train_loop_config={"spec": spec},
+        torch_config=ray_worker.GroupConfig(),
         scaling_config=ScalingConfig(
             num_workers=training.num_workers,
             elastic_resize_monitor_interval_s=training.elastic_resize_monitor_interval_s,

@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.torch import TorchConfig
 
+from heliostat import hosts
 from heliostat.errors import HeliostatError
 from heliostat.training.spec import WorkerSpec
 
@@ -55,6 +58,32 @@ class RaySession:
         of its own.
         """
         threading.Event().wait()
+
+
+class GroupConfig(TorchConfig):  # type: ignore[misc]  # Ray is not typed
+    """Ray's settings of the process group, with workers that find each other across machines."""
+
+    @property
+    def backend_cls(self) -> type:
+        """What sets the group up."""
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _name_interface() -> None:
+    """Have gloo listen where Ray's other nodes reach this one.
+
+    By itself it listens at the address of the host's name, which on many machines is a loopback one.
+    """
+    address = ray.util.get_node_ip_address()
+    names = [name for name, found in psutil.net_if_addrs().items() if address in (each.address for each in found)]
+    if names and not hosts.is_loopback(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def train(loop_config: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def ray_cluster() -> Iterator[Any]:
     from heliostat import cluster
 
     os.environ.update(cluster.TRAIN_ENVIRONMENT)
-    ray.init(num_cpus=4, include_dashboard=True, logging_level="error", log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=True, logging_level="error", log_to_driver=False)
     yield ray
     ray.shutdown()
 

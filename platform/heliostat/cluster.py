@@ -36,7 +36,8 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         ray.init(
-            address=address,
+            # Not whatever cluster may run on this machine, or have run: Ray would look for one.
+            address=address or "local",
             # Train's clean-up of dead runs asks the State API, which is part of the dashboard.
             include_dashboard=None if address else True,
             runtime_env=_runtime_env(private=address is None),

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,17 @@ def name(process: psutil.Process) -> str:
         return ""
 
 
+@pytest.fixture
+def _left_by_a_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The file by which Ray finds a cluster of this machine; that one was killed."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets have short paths
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
+
+
+@pytest.mark.usefixtures("_left_by_a_cluster")
 def test_a_refused_command_takes_its_own_cluster_down_with_it(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "heliostat.cli", "train", str(config), "training.num_workers=1000", "--json"]
     seen: dict[psutil.Process, str] = {}

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
@@ -19,6 +20,7 @@ from heliostat.registry import versions
 from heliostat.training import trainer
 from heliostat.training.trainer import TrainResult
 from tests import s3
+from tests.ports import free_port
 from tests.slow import command
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,7 @@ data: {{train: "s3://{s3.BUCKET}/data/*.jsonl", format: prompt_completion, max_l
 training: {{num_workers: 0, deepspeed: zero0, max_steps: 60, save_steps: 2, eval_steps: 10, logging_steps: 1}}
 """
 RUNS = f"s3://{s3.BUCKET}/runs"
+PROMPT = "5 and one"
 
 
 @pytest.fixture
@@ -58,6 +61,19 @@ def weights_hash(reference: str) -> str:
     return str(bundle.read_manifest(Path(versions.resolve(reference).path))["files"]["model.safetensors"])
 
 
+def served(reference: str) -> str:
+    """What an endpoint completes the prompt with."""
+    process = command.start("serve", reference, f"serving.port={free_port()}", "serving.num_cpus=0.5")
+    try:
+        assert process.stdout is not None
+        up = json.loads(process.stdout.readline())
+        body = {"model": up["model"], "prompt": PROMPT, "max_tokens": 8}
+        return str(httpx2.post(f"{up['url']}/completions", json=body, timeout=60).json()["choices"][0]["text"])
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
+
+
 def denied(endpoint: str) -> None:
     """From here on the server checks keys, and knows none."""
     request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
@@ -78,10 +94,12 @@ def test_a_run_outlives_its_machine(endpoint: str, tmp_path: Path, monkeypatch: 
     assert weights_hash(resumed.bundle) == weights_hash(unbroken.bundle) == weights_hash(resumed.model_uri)
 
     shutil.rmtree(state.folder())  # another machine
-    loaded = base.load_for_inference(versions.resolve(resumed.bundle).path)
-    beside = base.load_for_inference(unbroken.bundle)
-    prompts = ["5 and one"]
-    assert completion.complete(loaded, prompts, {}, seed=0) == completion.complete(beside, prompts, {}, seed=0)
+    expected = completion.complete(base.load_for_inference(unbroken.bundle), [PROMPT], {"max_new_tokens": 8})
+    assert (
+        command.run("generate", resumed.bundle, "--prompt", PROMPT, "generation.max_new_tokens=8")["outputs"]
+        == expected
+    )
+    assert served(resumed.bundle) == expected[0]
     steps = {file.uri.split("/")[-2] for file in storage.find(f"{RUNS}/sums-0001/checkpoints/*/*/state.json")}
     assert steps == {"step_000058-w1", "step_000060-w1"}, "older checkpoints are deleted there, too"
     _errors_are_told(endpoint, tmp_path, monkeypatch)

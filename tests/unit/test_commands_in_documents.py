@@ -20,6 +20,7 @@ HERE = "tests/unit/test_commands_in_documents.py"
 DOCUMENTED = "tests/slow/test_documented_commands.py"
 EXAMPLES = "tests/slow/test_examples.py"
 JOBS = "tests/slow/test_jobs.py"
+STORAGE = "tests/slow/test_storage.py"
 
 # How a command begins -> the test that runs it. Those with CONFIG, JOB, NAME or HOST are run with what these stand for.
 RUN = {
@@ -56,6 +57,9 @@ RUN = {
     "heliostat logs JOB": JOBS,
     "heliostat stop JOB": JOBS,
     "heliostat mlflow": JOBS,
+    "heliostat generate models:/aphorisms@challenger ": "tests/unit/test_examples.py",
+    "heliostat generate s3://": STORAGE,
+    "heliostat serve s3://": STORAGE,
     "ray job submit ": JOBS,
     "ray drain-node ": "tests/slow/test_elastic.py",
 }

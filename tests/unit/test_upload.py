@@ -156,6 +156,7 @@ def test_every_key_that_names_a_file_is_known_here() -> None:
         "data.columns": "no files",
         "data.column_names": "no files",
         "data.text_separator": "no files",
+        "data.streaming": "no files",
         "model.scratch": "no files",
         "evaluation.group_by": "no files",
         "training.report_to": "written, not read",

@@ -163,16 +163,22 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
 
 def test_pruning_keeps_the_newest(root: Path) -> None:
     save(root, 7, attempt="attempt-02")
-    checkpoint.prune(root, keep=2)
+    checkpoint.prune(root, keep=2, attempt="attempt-02")
     assert names(root) == ["attempt-01/step_000010-w2", "attempt-02/step_000007-w2"]
-    checkpoint.prune(root, keep=5)
+    checkpoint.prune(root, keep=5, attempt="attempt-02")
     assert len(names(root)) == 2
-    checkpoint.prune(root / "nowhere", keep=1)
+    checkpoint.prune(root / "nowhere", keep=1, attempt="attempt-02")
 
 
 def test_what_was_never_finished_is_pruned_before_what_was(root: Path) -> None:
     """A kill while saving step 15 leaves its folder; it must not push out what the restarted run saves at step 12."""
     (save(root, 15).folder / "manifest_1.json").unlink()
     save(root, 12, attempt="attempt-02")
-    checkpoint.prune(root, keep=2)
+    checkpoint.prune(root, keep=2, attempt="attempt-02")
     assert names(root) == ["attempt-01/step_000010-w2", "attempt-02/step_000012-w2"]
+
+
+def test_what_other_workers_began_to_write_is_not_pruned(root: Path) -> None:
+    checkpoint.at(root, "attempt-01", 15, 2).begin(rank=1)
+    checkpoint.prune(root, keep=1, attempt="attempt-01")
+    assert names(root) == ["attempt-01/step_000010-w2", "attempt-01/step_000015-w2"]

@@ -152,7 +152,7 @@ def test_what_is_deleted_here_is_deleted_there(place: str) -> None:
     sync(run, place)
     for step in (10, 15):
         save(run, step)
-    checkpoint.prune(run.folder / "checkpoints", 2)
+    checkpoint.prune(run.folder / "checkpoints", 2, attempt="attempt-01")
     export(run, b"second")
     sync(run, place)
     there = {file.uri.removeprefix(f"{place}/cron-0001/") for file in storage.find(f"{place}/cron-0001")}

@@ -163,10 +163,13 @@ def set_aside(checkpoint: Checkpoint, faults: list[str]) -> str:
     return f"the checkpoint of step {checkpoint.step} is not whole and was {kept}: {faults[0]}{more}"
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints below `root`; those that were never finished go first."""
-    found = sorted(newest_first(root), key=lambda checkpoint: not checkpoint.is_finished)
-    for checkpoint in found[keep:]:
+def prune(root: Path, keep: int, attempt: str) -> None:
+    """Delete all but the `keep` newest checkpoints below `root`; those that were never finished go first.
+
+    An unfinished one of `attempt`, the one that is running, stays: other workers may be writing the next already.
+    """
+    found = [each for each in newest_first(root) if each.is_finished or each.folder.parent.name != attempt]
+    for checkpoint in sorted(found, key=lambda each: not each.is_finished)[keep:]:
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
 

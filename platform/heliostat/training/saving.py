@@ -68,7 +68,7 @@ class Saver:
             shutil.rmtree(new.folder, ignore_errors=True)
             raise
         if self._group.rank == 0:
-            checkpoint.prune(self._root, self._keep)
+            checkpoint.prune(self._root, self._keep, self._attempt)
         self._group.report(new.folder, metrics)
 
     @property

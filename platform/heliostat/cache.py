@@ -34,8 +34,8 @@ class Entry:
 
     group: str
     name: str
-    size: int
-    """Bytes."""
+    measure: Callable[[], int]
+    """Bytes; asked for only where there is no copy yet."""
 
     @property
     def folder(self) -> Path:
@@ -83,7 +83,7 @@ def here(file: Path | RemoteFile) -> Iterator[Path]:
     if isinstance(file, Path):
         yield file
         return
-    with using(entry_of([file]), lambda folder: download({file: folder / file.name})) as folder:
+    with using(entry_of([file]), _fetching(file)) as folder:
         yield folder / file.name
 
 
@@ -95,14 +95,18 @@ def kept_here(file: Path | RemoteFile) -> Path:
     """
     if isinstance(file, Path):
         return file
-    return keep(entry_of([file]), lambda folder: download({file: folder / file.name})) / file.name
+    return keep(entry_of([file]), _fetching(file)) / file.name
+
+
+def _fetching(file: RemoteFile) -> Callable[[Path], object]:
+    return lambda folder: download({file: folder / file.name})
 
 
 def entry_of(files: list[RemoteFile]) -> Entry:
     """The entry of these files: another one once any of them changes."""
     scheme, _, path = files[0].uri.partition("://")
     known = fingerprint([[file.uri, file.size, file.mtime_ns] for file in files])
-    return Entry(scheme, f"{Path(path).name[:100]}-{known}", sum(file.size for file in files))
+    return Entry(scheme, f"{Path(path).name[:100]}-{known}", lambda: sum(file.size for file in files))
 
 
 def _take(entry: Entry, fill: Callable[[Path], object]) -> int:
@@ -127,13 +131,14 @@ def _take(entry: Entry, fill: Callable[[Path], object]) -> int:
 
 
 def _make(entry: Entry, lock: int, fill: Callable[[Path], object]) -> None:
+    size = entry.measure()
     partial = _partial(entry.folder)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     try:
         os.ftruncate(lock, 0)
-        os.pwrite(lock, str(entry.size).encode(), 0)
-        _make_room(entry)
+        os.pwrite(lock, str(size).encode(), 0)
+        _make_room(entry.folder, size)
         fill(partial)
         os.rename(partial, entry.folder)
     except BaseException:
@@ -141,7 +146,7 @@ def _make(entry: Entry, lock: int, fill: Callable[[Path], object]) -> None:
         raise
 
 
-def _make_room(entry: Entry) -> None:
+def _make_room(new: Path, size: int) -> None:
     """Remove copies that nobody uses until all, the new one too, are within the limit.
 
     Raises:
@@ -156,12 +161,12 @@ def _make_room(entry: Entry) -> None:
                     del sizes[folder]
         if sum(sizes.values()) > limit:
             raise ResourceError(
-                f"{entry.folder}: {LIMIT} is {limit} bytes, and with this copy's {entry.size} there would be "
+                f"{new}: {LIMIT} is {limit} bytes, and with this copy's {size} there would be "
                 f"{sum(sizes.values())} in use; raise it"
             )
-    if (free := shutil.disk_usage(entry.folder.parent).free) < entry.size:
+    if (free := shutil.disk_usage(new.parent).free) < size:
         raise ResourceError(
-            f"{entry.folder}: no room for {entry.size} bytes, {free} are free there; make room, or set HELIOSTAT_CACHE "
+            f"{new}: no room for {size} bytes, {free} are free there; make room, or set HELIOSTAT_CACHE "
             f"to a folder on a larger disk (and {LIMIT}, to have old copies removed)"
         )
 

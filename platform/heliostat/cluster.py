@@ -12,6 +12,11 @@ from typing import Any
 from heliostat.errors import ResourceError
 
 _PACKAGE = Path(__file__).parent
+SET_TOKEN = (
+    "set RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: "
+    "~/.ray/auth_token)"
+)
+"""What to do where a cluster's token is missing or another."""
 # Set in the driver, passed on by Ray Train to its controller and workers.
 TRAIN_ENVIRONMENT = {
     # How often the controller looks at its workers, and so how long a checkpoint report takes (default 2 s).
@@ -48,8 +53,7 @@ def connect(address: str | None = None) -> None:
         # Ray tells of a wrong token in the text of a cause only.
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             raise ResourceError(
-                f"the Ray cluster at {address} (RAY_ADDRESS) wants another token; set RAY_AUTH_MODE=token and the "
-                "cluster's token as RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token)"
+                f"the Ray cluster at {address} (RAY_ADDRESS) wants another token; {SET_TOKEN}"
             ) from error
         raise ResourceError(
             f"no Ray cluster answers at {address} (RAY_ADDRESS); start it, or unset it to use this machine"

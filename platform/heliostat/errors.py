@@ -14,9 +14,13 @@ HeliostatError            exit code 1: the work failed
 └── JobFailed             a job on a cluster failed, with the exit code of its command
 """
 
+import errno
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What an OSError's number is where a disk is full or a quota used up."""
 
 
 class HeliostatError(Exception):

@@ -6,7 +6,6 @@ https://arrow.apache.org/docs/python/filesystems.html), never from the URI.
 """
 
 import contextlib
-import errno
 import functools
 import re
 import shutil
@@ -20,13 +19,12 @@ import pyarrow
 from fsspec.utils import glob_translate
 from pyarrow import fs
 
-from heliostat.errors import ResourceError, StorageError
+from heliostat.errors import DISK_FULL, ResourceError, StorageError
 
 _URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^?]*)")
 _MAGIC = re.compile(r"[*\[]")
 _CHUNK = 2**23
 _STREAMS = 8
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What AWS's client for C++ writes into its messages, and what it means for the user.
 _CAUSES = {
     "NO_SUCH_BUCKET": "there is no such bucket",
@@ -131,7 +129,7 @@ def failures(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise ResourceError(f"{uri}: there is no room for it on this machine: {error}") from error
         raise StorageError(f"{uri}: {_explain(str(error))}") from error
 

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,22 @@ def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
 def run(*arguments: str) -> dict[str, Any]:
     """Run a command that must succeed."""
     return finish(start(*arguments))
+
+
+@contextmanager
+def endpoint(*arguments: str) -> Iterator[dict[str, Any]]:
+    """`heliostat serve` with these arguments; inside, it is up as it says."""
+    process = start("serve", *arguments)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        up: dict[str, Any] = json.loads(line)
+        assert "url" in up, (up, process.communicate())
+        yield up
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:

@@ -34,16 +34,9 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def endpoint(arguments: list[str], port: int) -> Iterator[None]:
     """`heliostat serve` with these arguments."""
-    process = command.start("serve", *arguments, f"serving.port={port}", "serving.num_cpus=0.5")
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()
-        assert json.loads(line)["model"] == "cron"
+    with command.endpoint(*arguments, f"serving.port={port}", "serving.num_cpus=0.5") as up:
+        assert up["model"] == "cron"
         yield
-    finally:
-        process.terminate()
-        process.communicate(timeout=120)
 
 
 @contextmanager

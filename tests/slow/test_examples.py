@@ -102,16 +102,10 @@ def generate_without_heliostat(bundle: Path, prompt: str) -> str:
 
 def served(model: str, prompts: list[str], max_tokens: int) -> list[str]:
     """What the endpoint answers, greedily."""
-    process = command.start("serve", model, f"serving.port={PORT}", "serving.num_cpus=2")
-    try:
-        assert process.stdout is not None
-        up = json.loads(process.stdout.readline())
+    with command.endpoint(model, f"serving.port={PORT}", "serving.num_cpus=2") as up:
         body = {"model": up["model"], "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
         request = urllib.request.Request(
             f"{up['url']}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as response:
             return [choice["text"] for choice in json.load(response)["choices"]]
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)

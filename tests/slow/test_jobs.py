@@ -172,21 +172,12 @@ def served(reference: str) -> dict[str, Any]:
     """What an endpoint on this machine tells of the model, once it has answered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS")
-        process = command.start("serve", reference, f"serving.port={free_port()}", "serving.num_cpus=0.5")
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, process.communicate()
-            up = json.loads(line)
-            assert "url" in up, (up, process.communicate())
+        with command.endpoint(reference, f"serving.port={free_port()}", "serving.num_cpus=0.5") as up:
             body = {"model": up["model"], "prompt": "1 and one", "max_tokens": 4}
             answer = httpx2.post(f"{up['url']}/completions", json=body, timeout=60)
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["completion_tokens"] > 0
             return dict(httpx2.get(f"{up['url']}/models").json()["data"][0])
-        finally:
-            process.terminate()
-            process.communicate(timeout=120)
 
 
 def test_a_search_is_stopped(here: Path) -> None:

@@ -63,15 +63,9 @@ def weights_hash(reference: str) -> str:
 
 def served(reference: str) -> str:
     """What an endpoint completes the prompt with."""
-    process = command.start("serve", reference, f"serving.port={free_port()}", "serving.num_cpus=0.5")
-    try:
-        assert process.stdout is not None
-        up = json.loads(process.stdout.readline())
+    with command.endpoint(reference, f"serving.port={free_port()}", "serving.num_cpus=0.5") as up:
         body = {"model": up["model"], "prompt": PROMPT, "max_tokens": 8}
         return str(httpx2.post(f"{up['url']}/completions", json=body, timeout=60).json()["choices"][0]["text"])
-    finally:
-        process.terminate()
-        process.communicate(timeout=120)
 
 
 def denied(endpoint: str) -> None:

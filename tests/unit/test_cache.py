@@ -13,7 +13,7 @@ from heliostat.errors import ConfigError, ResourceError
 
 def put(name: str, size: int = 10) -> Path:
     """A copy that nobody uses afterwards."""
-    with cache.using(Entry("g", name, size), lambda folder: (folder / "file").write_text(name)) as folder:
+    with cache.using(Entry("g", name, lambda: size), lambda folder: (folder / "file").write_text(name)) as folder:
         return folder
 
 
@@ -32,7 +32,7 @@ def test_many_processes_make_one_copy(tmp_path: Path) -> None:
         (folder / "half").rename(folder / "whole")
 
     def ask() -> None:
-        folder = cache.keep(Entry("g", "n", 1), fill)
+        folder = cache.keep(Entry("g", "n", lambda: 1), fill)
         assert [path.name for path in folder.iterdir()] == ["whole"]
 
     processes = [multiprocessing.get_context("fork").Process(target=ask) for _ in range(8)]
@@ -50,9 +50,17 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
         raise ResourceError("no")
 
     with pytest.raises(ResourceError):
-        cache.keep(Entry("g", "n", 1), fail)
+        cache.keep(Entry("g", "n", lambda: 1), fail)
     assert present() == set()
     assert (put("n") / "file").read_text() == "n", "the next one is made"
+
+
+def test_what_is_there_is_not_measured_again() -> None:
+    entry = Entry("g", "n", lambda: pytest.fail("it was measured"))
+    with pytest.raises(pytest.fail.Exception), cache.using(entry, lambda folder: None):
+        pass
+    folder = put("n")
+    assert cache.keep(entry, lambda folder: pytest.fail("it was made")) == folder
 
 
 def test_what_a_killed_process_left_is_made_anew() -> None:
@@ -73,8 +81,8 @@ def test_the_longest_unused_copies_make_room(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_in_use_is_never_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cache.LIMIT, "30B")
-    with cache.using(Entry("g", "old", 10), lambda folder: None):
-        cache.keep(Entry("g", "kept", 10), lambda folder: None)
+    with cache.using(Entry("g", "old", lambda: 10), lambda folder: None):
+        cache.keep(Entry("g", "kept", lambda: 10), lambda folder: None)
         put("new")
         put("newer")
         assert present() == {"old", "kept", "newer"}
@@ -86,7 +94,7 @@ def test_what_is_in_use_is_never_removed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_the_disk_has_no_room_for_is_not_begun() -> None:
     with pytest.raises(ResourceError, match="HELIOSTAT_CACHE to a folder on a larger disk"):
-        cache.keep(Entry("g", "n", 2**60), lambda folder: pytest.fail("it was begun"))
+        cache.keep(Entry("g", "n", lambda: 2**60), lambda folder: pytest.fail("it was begun"))
     assert present() == set()
 
 

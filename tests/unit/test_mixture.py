@@ -9,12 +9,11 @@ import pytest
 
 from heliostat import config as configuration
 from heliostat.data import mixture, prepare, splits
-from heliostat.data.audit import Report, audit
+from heliostat.data.audit import Report
 from heliostat.data.config import DataConfig, TrainSource
-from heliostat.data.contents import contents
-from heliostat.data.packing import PackedDataset
 from heliostat.data.records import Row
 from heliostat.errors import ConfigError, DataError
+from heliostat.training import auditing
 from tests import tiny
 
 SOURCES = [TrainSource(path="a"), TrainSource(path="b", weight=2.5), TrainSource(path="c", weight=0.25)]
@@ -68,27 +67,21 @@ def test_rows_that_a_weight_repeats_are_no_duplicates_but_equal_rows_of_two_sour
     first = write(tmp_path, "a.jsonl", [{"prompt": f"a{n}", "completion": "x"} for n in range(8)])
     second = write(tmp_path, "b.jsonl", [{"prompt": f"b{n}", "completion": "y"} for n in range(3)])
     given = [first, {"path": second, "weight": 3}]
-    own = audited(given, tmp_path)
+    own = audited(given)
     assert (own.splits["train"].rows, own.splits["train"].duplicates) == (17, 0)
     assert "duplicates" not in {finding.check for finding in own.findings}
 
     copies = write(tmp_path, "c.jsonl", [{"prompt": "b1", "completion": "y"}] * 2)
-    found = audited([*given, copies], tmp_path)
+    found = audited([*given, copies])
     assert found.splits["train"].duplicates == 2
     (finding,) = [finding for finding in found.findings if finding.check == "duplicates"]
     assert {place.row.partition(":")[0] for place in finding.rows} <= {str(copies), second}
     assert len({place.row for place in finding.rows} | {place.same_as for place in finding.rows}) == 3
 
 
-def audited(sources: list[Any], folder: Path) -> Report:
+def audited(sources: list[Any]) -> Report:
     config = DataConfig.model_validate({"format": "prompt_completion", "train": sources, "validation_size": 0})
-    rows, tokenizer = splits.load_splits(config, 0), tiny.tokenizer()
-    prepared = prepare.prepare(rows, config, tokenizer, 0, folder / "cache")
-    packed = {
-        name: PackedDataset.open(path, config.max_length, packing=config.packing)
-        for name, path in prepared.splits.items()
-    }
-    return audit({name: contents(rows[name], config) for name in packed}, packed, tokenizer, config)
+    return auditing.look(splits.load_splits(config, 0), config, tiny.tokenizer(), seed=0).report
 
 
 def test_wrong_mixtures_are_refused(tmp_path: Path) -> None:

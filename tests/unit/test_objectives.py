@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from heliostat.data.packing import IGNORED
+from heliostat.tasks import IGNORED
 from heliostat.training.objectives import causal_lm_loss, learned_positions
 from tests.tiny import KEYS
 

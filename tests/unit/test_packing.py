@@ -9,9 +9,10 @@ import torch
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from heliostat.data import packing
-from heliostat.data.packing import IGNORED, PackedDataset, PackedRow, collate, pack
+from heliostat.data.packing import PackedDataset, PackedRow, collate, pack
 from heliostat.data.tokens import Counts, Encoded, TokenDataset
 from heliostat.errors import DataError
+from heliostat.tasks import IGNORED
 
 VOCABULARY = 97
 PAD = 0

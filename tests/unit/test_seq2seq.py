@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heliostat.data.config import DataConfig
-from heliostat.data.packing import IGNORED, PackedDataset, collate_pairs
+from heliostat.data.packing import PackedDataset, collate_pairs
 from heliostat.data.records import Row
 from heliostat.data.tokens import TokenDataset, encode
 from heliostat.errors import ConfigError
@@ -21,6 +21,7 @@ from heliostat.serving import parity
 from heliostat.serving.config import EndpointArgs
 from heliostat.serving.lane_model import LaneModel
 from heliostat.serving.sampling import InvalidRequest, SamplingParams
+from heliostat.tasks import IGNORED
 from heliostat.training import objectives, setup
 from tests import tiny
 

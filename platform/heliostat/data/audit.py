@@ -150,7 +150,7 @@ def _counts(packed: PackedDataset, said: Contents, tokenizer: Any, config: DataC
         truncated=tokens.meta["truncated"],
         dropped=tokens.meta["dropped"],
         empty=int(said.blank.sum()),
-        duplicates=len(said.repeats()[0]),
+        duplicates=len(said.repeats[0]),
         sequences=len(packed),
         fill=packed.fill,
         document_tokens=_statistics(tokens.lengths),
@@ -188,7 +188,7 @@ def _of_rows(said: Mapping[str, Contents], settings: AuditConfig) -> Iterator[Fi
         places = [Place(own.origins[index]) for index in blank[:MAX_PLACES]]
         text = "rows have an empty prompt or message; fill or remove them"
         yield from _share(settings, "empty", split, len(blank), total, text, settings.max_empty, places)
-        repeats, first = own.repeats()
+        repeats, first = own.repeats
         pairs = zip(repeats[:MAX_PLACES], first[:MAX_PLACES], strict=True)
         places = [Place(own.origins[index], own.origins[earlier]) for index, earlier in pairs]
         text = "rows repeat an earlier one; remove them"

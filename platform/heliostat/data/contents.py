@@ -8,6 +8,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ class Contents:
     labels: dict[str, int] | None
     """Label -> rows, the most frequent first; None if the completions are no labels."""
 
+    @cached_property
     def repeats(self) -> tuple[Indices, Indices]:
         """The rows that say what an earlier one says, and the first that says it; those of a weight aside."""
         _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)

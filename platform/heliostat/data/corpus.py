@@ -5,7 +5,6 @@ which `TokenDataset` opens. So work that was killed goes on with the next shard,
 themselves.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -31,7 +30,7 @@ from heliostat.data.pieces import Piece, origin, pieces
 from heliostat.data.shards import Shard, id_type, made
 from heliostat.data.streams import Share, Stream
 from heliostat.data.tokens import Counts, move
-from heliostat.errors import DataError, ResourceError
+from heliostat.errors import DISK_FULL, DataError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Corpus:
                     self._write(files, tokenizer, temporary, made_by)
                 move(temporary, folder)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in DISK_FULL:
                     raise
                 raise ResourceError(
                     f"no room to write the tokens of the corpus to {self._cache}: {error.strerror}; make room, and the "

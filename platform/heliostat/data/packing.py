@@ -19,9 +19,8 @@ import torch
 
 from heliostat.data.tokens import TokenDataset, move
 from heliostat.errors import DataError
+from heliostat.tasks import IGNORED
 
-IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
 # Documents that are packed together: enough to fill the rows, and few beside those of a corpus.
 WINDOW = 2**17
 

@@ -73,7 +73,7 @@ def prepare(
         corpus.tokenise(tokenizer, cache / key, made_by)
     else:
         data_hash, files = _data_sha256(used), _files(config, used)
-        key = fingerprint([made_by[0], data_hash, *made_by[1:]])
+        key = fingerprint([data_hash, *made_by])
         if not (cache / key).exists():
             _tokenise(used, tokenizer, config, cache / key)
     folders = {name: cache / key / name for name in used}

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from heliostat.data import formats
 from heliostat.data.config import DataConfig
-from heliostat.data.packing import IGNORED, PackedDataset, PackedRow, collate, collate_pairs
+from heliostat.data.packing import PackedDataset, PackedRow, collate, collate_pairs
 from heliostat.data.records import Row
 from heliostat.data.tokens import DocumentEncoder, TokenDataset, encode
 from heliostat.errors import ConfigError, DataError
@@ -33,6 +33,7 @@ from heliostat.models import base
 from heliostat.models.base import InferenceModel
 from heliostat.models.pairs import target_logits
 from heliostat.models.virtual import VirtualTokens
+from heliostat.tasks import IGNORED
 
 Advance = Callable[[int], None]
 Decoding: TypeAlias = GenerationConfig | GenerationSettings | None

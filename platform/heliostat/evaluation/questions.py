@@ -57,7 +57,7 @@ def pair_of(row: Row, data: DataConfig) -> Pair:
         return formats.prompt_of(row, data, None)
     dialogue = formats.dialogue_of(row, data)
     messages, last = dialogue.messages, dialogue.last_answer
-    if formats.calls_tools(row, data):
+    if "tool_calls" in messages[last]:
         raise DataError(f"{row.origin}: its last answer is a tool call, so it cannot be an example (few_shot)")
     if not last or messages[last - 1]["role"] != "user":
         raise DataError(f"{row.origin}: has no user's message with an answer, so it cannot be an example (few_shot)")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from heliostat import cluster
 from heliostat.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ class Cluster:
         except AuthenticationError as error:
             missing = "required" in str(error).split(":")[0]
             problem = "wants a token" if missing else f"does not take the token of {_token_source()}"
-            raise ResourceError(
-                f"the Ray cluster at {self.address} {problem}; set RAY_AUTH_MODE=token and the cluster's token as "
-                "RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token)"
-            ) from error
+            raise ResourceError(f"the Ray cluster at {self.address} {problem}; {cluster.SET_TOKEN}") from error
         except (ConnectionError, RequestsConnectionError, ClientConnectionError) as error:
             raise ResourceError(
                 f"no Ray cluster answers at {self.address}; start one (`ray start --head`), or give the address of "

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of what is not learned, as transformers has it."""
+from heliostat.tasks import IGNORED
 
 
 def target_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

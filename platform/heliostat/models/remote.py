@@ -17,9 +17,7 @@ def fetch(uri: str) -> Path:
     """
     files = find(uri)
     if [file.uri for file in files] == [uri]:
-        (file,) = files
-        folder = cache.keep(cache.entry_of(files), lambda folder: storage.download({file: folder / file.name}))
-        return folder / file.name
+        return cache.kept_here(files[0])
 
     places = {file: _place(file, uri) for file in files}
 

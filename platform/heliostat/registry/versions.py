@@ -423,7 +423,7 @@ def _fetch(version: ModelVersion, source: str) -> Path:
     # The version's number alone is no key: another server, or a model made anew, has a version of that number too.
     key = fingerprint([store.shown(store.connect()), source, version.run_id])[:8]
     # Files are never shared with what the copy holds already, so a version's own size is what it takes.
-    entry = cache.Entry(version.name, f"{version.version}-{key}", _size(source))
+    entry = cache.Entry(version.name, f"{version.version}-{key}", lambda: _size(source))
     return cache.keep(entry, lambda folder: _download(version, source, folder))
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from heliostat.errors import ResourceError
+from heliostat.errors import DISK_FULL, ResourceError
 from heliostat.training import checkpoint
 from heliostat.training.checkpoint import Checkpoint
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (*DISK_FULL, errno.EFBIG)
 
 
 def all_have(folders: Iterable[Path]) -> None:

@@ -59,7 +59,7 @@ def fetch(storage_path: str, name: str, config_hash: str | None) -> None:
         uri = found.uri.removesuffix("/run.json")
         folder = folder_of(storage_path) / uri.rpartition("/")[2]
         there = _facts(uri)
-        if there.get("config_hash") == config_hash and there.get("status") in ("running", "trained"):
+        if runs.is_unfinished(there, config_hash):
             _fetch(uri, folder, there)
         elif not folder.exists():
             folder.mkdir(parents=True)
@@ -134,6 +134,7 @@ class Mirror:
         """
         if not self._remote:
             return
+        self._seen = self._finished()
         with self._one_at_a_time, _snapshot(self._folder) as taken:
             here = {str(path.relative_to(taken)): path for path in taken.rglob("*") if path.is_file()}
             there = {file.uri.removeprefix(f"{self.place}/"): file.size for file in storage.find(self.place)}
@@ -158,14 +159,15 @@ class Mirror:
             self._copy_new_checkpoints()
 
     def _copy_new_checkpoints(self) -> None:
-        finished = {str(each.folder) for each in _finished(self._folder)}
-        if finished == self._seen or not (self._folder / journal.NAME).exists():
+        if self._finished() == self._seen or not (self._folder / journal.NAME).exists():
             return
-        self._seen = finished
         try:
             self.sync()
         except (UserError, OSError) as error:
             self._tell(f"the checkpoint is not copied, which the next one will try again: {error}")
+
+    def _finished(self) -> set[str]:
+        return {str(each.folder) for each in _finished(self._folder)}
 
 
 def _rank(name: str) -> int:

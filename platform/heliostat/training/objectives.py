@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from heliostat.data.packing import IGNORED, PackedRow, collate, collate_pairs
+from heliostat.data.packing import PackedRow, collate, collate_pairs
 from heliostat.models.pairs import target_logits
-from heliostat.tasks import Task
+from heliostat.tasks import IGNORED, Task
 
 
 class Objective(Protocol):

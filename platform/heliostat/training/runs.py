@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from heliostat.errors import ConfigError, ResourceError, UserError
 from heliostat.training.spec import STOP
 
 Status = Literal["running", "trained", "finished", "stopped"]
+UNFINISHED: tuple[Status, ...] = ("running", "trained")
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,16 @@ def open_run(storage: Path, name: str, config_hash: str, resume: Literal["auto",
     existing = sorted(storage.glob(f"{name}-[0-9][0-9][0-9][0-9]"))
     if resume != "never":
         for folder in reversed(existing):
-            known = facts(folder)
-            if known.get("config_hash") == config_hash and known.get("status") in ("running", "trained"):
+            if is_unfinished(facts(folder), config_hash):
                 return _reopen(folder)
     if resume == "must":
         raise ConfigError(f"resume=must: {storage} has no unfinished run `{name}` with this configuration")
     return _create(storage, name, config_hash, after=existing)
+
+
+def is_unfinished(facts: Mapping[str, Any], config_hash: str | None) -> bool:
+    """Whether a run with these facts is one of this configuration to go on with."""
+    return facts.get("config_hash") == config_hash and facts.get("status") in UNFINISHED
 
 
 def open_folder(folder: Path, config_hash: str) -> Run:
@@ -113,7 +118,7 @@ def reopen(folder: Path) -> Run:
         ResourceError: another process is working on it.
     """
     status = facts(folder).get("status")
-    if status not in ("running", "trained"):
+    if status not in UNFINISHED:
         reason = f"is {status}; there is nothing to go on with" if status else "has no readable run.json; try --repair"
         raise ConfigError(f"{folder} {reason}")
     return _reopen(folder)
